@@ -1,0 +1,29 @@
+"""Self-supervised pretraining for medical images. Importing it imports no torch: that comes with use."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sslmed.artifact import load_backbone
+    from sslmed.commands.demo import demo
+    from sslmed.commands.evaluate import evaluate
+    from sslmed.commands.finetune import finetune
+    from sslmed.commands.ingest import ingest
+    from sslmed.commands.predict import predict
+    from sslmed.commands.pretrain import pretrain
+    from sslmed.commands.verify import verify
+
+__version__ = "0.1.0"
+__all__ = ["demo", "evaluate", "finetune", "ingest", "load_backbone", "predict", "pretrain", "verify"]
+
+_HOME = {name: f"sslmed.commands.{name}" for name in __all__} | {"load_backbone": "sslmed.artifact"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sslmed' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
