@@ -1,0 +1,34 @@
+"""What a person sees while a command works: always on standard error, so that standard output stays the result."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def say(line: str) -> None:
+    """Print one line."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def progress(items: Iterable[T], total: int, label: str) -> Iterator[T]:
+    """Yield ``items``; draw a bar on a terminal, else print a plain line about every five seconds and at the end."""
+    if sys.stderr.isatty():
+        yield from _bar(items, total, label)
+        return
+    started = last = time.monotonic()
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if done == total or now - last >= 5:
+            last = now
+            say(f"{label} {done}/{total}, {done / max(now - started, 1e-6):.0f}/s")
+
+
+def _bar(items: Iterable[T], total: int, label: str) -> Iterator[T]:
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(items, description=label, total=total, console=Console(stderr=True))
