@@ -1,0 +1,63 @@
+"""What every test runs under: a torchvision that imports, no network, few threads."""
+
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "agg"
+THREADS = str(min(2, os.cpu_count() or 1))  # tiny networks are slower on many threads
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, THREADS)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from sslmed import torchvision_ops  # noqa: E402
+
+torchvision_ops.mend()
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+_loopback_allowed = False
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network() -> Iterator[None]:
+    """Connecting and looking up names raise; a ``ddp`` test may use the loopback."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, _guarded(getattr(socket.socket, name)))
+        patch.setattr(socket, "getaddrinfo", _guarded_lookup(socket.getaddrinfo))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def loopback_for_ddp(request: pytest.FixtureRequest) -> Iterator[None]:
+    global _loopback_allowed
+    _loopback_allowed = request.node.get_closest_marker("ddp") is not None
+    yield
+    _loopback_allowed = False
+
+
+def _guarded(connect: Any) -> Any:
+    def guarded(self: socket.socket, address: Any) -> Any:
+        if self.family != socket.AF_UNIX:
+            _refuse_unless_loopback(str(address[0]))
+        return connect(self, address)
+
+    return guarded
+
+
+def _guarded_lookup(lookup: Any) -> Any:
+    def guarded(host: Any, *rest: Any, **named: Any) -> Any:
+        _refuse_unless_loopback(str(host))
+        return lookup(host, *rest, **named)
+
+    return guarded
+
+
+def _refuse_unless_loopback(host: str) -> None:
+    if not (_loopback_allowed and host in ("127.0.0.1", "::1", "localhost")):
+        raise RuntimeError(f"a test tried to reach {host}: tests open no socket (see tests/conftest.py)")
