@@ -1,0 +1,187 @@
+"""What kind of image this is: how its intensities become network input, and which augmentations keep its meaning.
+
+A modality is data, one frozen instance with two functions. A new one is an entry in `MODALITIES`; the contract tests
+run over it.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from sslmed.config import DataError, UsageError
+from sslmed.data.views import ViewConfig
+
+Pixels = np.ndarray[Any, np.dtype[Any]]
+
+_GEOMETRY = frozenset({"crop", "aspect", "rotate", "hflip"})
+_INTENSITY = frozenset({"brightness", "contrast", "gamma", "blur", "blur_sigma", "noise"})
+
+
+@dataclass(frozen=True)
+class Modality:
+    """The policy of one kind of image.
+
+    Attributes:
+        name: as in ``--modality`` and in store and card.
+        channels: numbers of channels that a stored image may have.
+        view: the default augmentation.
+        legal: the `ViewConfig` knobs that may be set; every other one stays at its neutral value.
+        intensity_range: pixels as stored -> (low, high) in stored units, low < high; taken once an image, at ingest.
+        normalise: (pixels, low, high) -> float32 of the same shape, standardised. Takes a crop too: low and high are
+            those of the whole image, so every view of it is scaled alike.
+    """
+
+    name: str
+    channels: tuple[int, ...]
+    view: ViewConfig
+    legal: frozenset[str]
+    intensity_range: Callable[[Pixels], tuple[float, float]]
+    normalise: Callable[[Pixels, float, float], Pixels]
+
+
+def percentile_range(pixels: Pixels) -> tuple[float, float]:
+    """The 0.5 and 99.5 percentiles: never the dtype's range, which would crush 12-bit data in a 16-bit file.
+
+    An image where they meet gets its minimum and maximum, a constant image (value, value + 1).
+    """
+    low, high = (float(value) for value in np.percentile(pixels, (0.5, 99.5)))
+    if high <= low:
+        low, high = float(pixels.min()), float(pixels.max())
+    return (low, high) if high > low else (low, low + 1.0)
+
+
+def dtype_range(pixels: Pixels) -> tuple[float, float]:
+    """Zero and the dtype's greatest value: the colours of a photo are meant as they stand."""
+    return 0.0, float(np.iinfo(pixels.dtype).max) if pixels.dtype.kind in "ui" else 1.0
+
+
+def normalise_xray(pixels: Pixels, low: float, high: float) -> Pixels:
+    """(clip((x - low) / (high - low), 0, 1) - 0.5) / 0.25: about zero mean and unit deviation, in [-2, 2]."""
+    return np.asarray((_unit(pixels, low, high) - np.float32(0.5)) / np.float32(0.25))
+
+
+_IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+_IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+def normalise_photo(pixels: Pixels, low: float, high: float) -> Pixels:
+    """(clip((x - low) / (high - low), 0, 1) - mean) / std, per channel with ImageNet's; grey takes their averages."""
+    unit = _unit(pixels, low, high)
+    if pixels.ndim == 3:
+        return (unit - _IMAGENET_MEAN) / _IMAGENET_STD
+    return np.asarray((unit - _IMAGENET_MEAN.mean()) / _IMAGENET_STD.mean())
+
+
+def _unit(pixels: Pixels, low: float, high: float) -> Pixels:
+    unit = (pixels.astype(np.float32) - np.float32(low)) / np.float32(high - low)
+    return np.asarray(np.clip(unit, np.float32(0), np.float32(1)))
+
+
+_XRAY = Modality(
+    name="xray",
+    channels=(1,),
+    # Left and right, up and down mean something in a radiograph, and grey values carry the finding: no flips, no
+    # quarter turns, weak blur. hflip is legal because pathology labels survive it (MoCo-CXR flips), but a recipe has
+    # to ask for it.
+    view=ViewConfig(
+        crop=(0.3, 1.0), rotate=15, brightness=0.4, contrast=0.4, gamma=0.3, blur=0.2, blur_sigma=(0.1, 1.0)
+    ),
+    legal=_GEOMETRY | _INTENSITY,
+    intensity_range=percentile_range,
+    normalise=normalise_xray,
+)
+_PHOTO = Modality(
+    name="photo",
+    channels=(1, 3),
+    view=ViewConfig(
+        crop=(0.2, 1.0), hflip=0.5, brightness=0.4, contrast=0.4, colour=0.2, grey=0.2, blur=0.5, blur_sigma=(0.1, 2.0)
+    ),
+    legal=_GEOMETRY | _INTENSITY | {"vflip", "rot90", "colour", "grey"},
+    intensity_range=dtype_range,
+    normalise=normalise_photo,
+)
+MODALITIES: dict[str, Modality] = {modality.name: modality for modality in (_XRAY, _PHOTO)}
+
+
+def named(name: str) -> Modality:
+    """The modality of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in MODALITIES:
+        raise UsageError(
+            f"'{name}' is not a known modality{_guess(name, MODALITIES)}; allowed: {', '.join(MODALITIES)}"
+        )
+    return MODALITIES[name]
+
+
+def accept(modality: Modality, pixels: Pixels) -> Pixels:
+    """The pixels as the store keeps them: (H, W) or, where the modality has colour, (H, W, 3); dtype unchanged.
+
+    Three equal channels (a grey picture saved as RGB) become one where the modality takes only grey.
+
+    Raises:
+        DataError: true colour in a grey modality.
+    """
+    if pixels.ndim == 2 or 3 in modality.channels:
+        return pixels
+    first = pixels[..., 0]
+    if all(np.array_equal(first, pixels[..., channel]) for channel in range(1, pixels.shape[2])):
+        return np.ascontiguousarray(first)
+    raise DataError(
+        f"is in colour, but {modality.name} images are grey; save it as grey (after cutting off coloured annotations), "
+        "or ingest it with --modality photo if its colours mean something"
+    )
+
+
+def to_channels(pixels: Pixels, n: int) -> Pixels:
+    """(H, W) or (H, W, 3) to (n, H, W), channels first: grey repeated for n = 3, colour averaged (float32) for n = 1.
+
+    Raises:
+        UsageError: n is neither 1 nor 3.
+    """
+    if n not in (1, 3):
+        raise UsageError(f"in_chans is {n}; allowed: 1 or 3")
+    if pixels.ndim == 2:
+        return np.repeat(pixels[None], n, axis=0)
+    if n == 1:
+        return np.asarray(pixels.mean(axis=2, dtype=np.float32)[None])
+    return np.ascontiguousarray(np.moveaxis(pixels, 2, 0))
+
+
+def with_views(modality: Modality, overrides: dict[str, object]) -> Modality:
+    """The modality with some knobs of its default view changed.
+
+    Raises:
+        UsageError: an unknown knob, a value out of range, or one that this modality forbids.
+    """
+    for knob in overrides:
+        if knob not in ViewConfig.model_fields:
+            raise UsageError(f"'views.{knob}' is not a known key{_guess(knob, ViewConfig.model_fields)}")
+    try:
+        view = ViewConfig.model_validate(modality.view.model_dump() | overrides)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        knob = ".".join(["views", *(str(part) for part in problem["loc"])])
+        raise UsageError(f"'{knob}' is {problem['input']!r}: {problem['msg']}") from None
+    for knob in sorted(set_knobs(view) - modality.legal):
+        raise UsageError(
+            f"'views.{knob}' is {getattr(view, knob)}, but a {modality.name} image does not keep its meaning under it; "
+            f"remove the key. Allowed for {modality.name}: {', '.join(sorted(modality.legal))}"
+        )
+    return replace(modality, view=view)
+
+
+def set_knobs(view: ViewConfig) -> set[str]:
+    """The knobs that do something: a number other than 0; a range always does."""
+    return {knob for knob in ViewConfig.model_fields if isinstance(getattr(view, knob), tuple) or getattr(view, knob)}
+
+
+def _guess(given: str, allowed: Iterable[str]) -> str:
+    close = difflib.get_close_matches(given, list(allowed), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,179 @@
+"""Augmented views of a scan on the CPU: geometry on the stored dtype, then normalisation, then intensity on float32.
+
+albumentations does the geometry. Its 2.0.8 repeats itself across epochs and workers unless every call is reseeded
+(measured: 16 of 16 positions identical with two workers), so a pipeline is never called without a keyed stream.
+Its intensity transforms clip float32 to [0, 1]; those here are a line or two of NumPy each and clip nothing.
+"""
+
+import math
+import os
+import random
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from sslmed.config import Config
+from sslmed.keyed_rng import rng
+
+Pixels = np.ndarray[Any, np.dtype[Any]]
+Normalise = Callable[[Pixels, float, float], Pixels]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Strength = Annotated[float, Field(ge=0, le=1)]
+
+
+class ViewConfig(Config):
+    """What may happen to one view. Every default is neutral but the crop; a modality says which knobs are legal.
+
+    Attributes:
+        crop: least and greatest area of the random crop, as fractions of the image.
+        aspect: least and greatest width / height of the crop (SimCLR, arXiv 2002.05709, appendix A).
+        hflip, vflip: probability of mirroring left-right and up-down.
+        rot90: probability of a turn by 90, 180 or 270 degrees.
+        rotate: greatest rotation either way, degrees.
+        brightness: greatest shift either way, in standard deviations of the normalised image.
+        contrast: greatest relative change of contrast either way.
+        gamma: greatest |log gamma|; the curve is applied between the view's own minimum and maximum.
+        blur: probability of a Gaussian blur.
+        blur_sigma: its least and greatest sigma, output pixels.
+        noise: greatest standard deviation of Gaussian noise, normalised units.
+        colour: greatest relative change of each colour channel by itself (photo only).
+        grey: probability of dropping the colour (photo only).
+    """
+
+    crop: tuple[float, float] = (0.5, 1.0)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: Probability = 0.0
+    vflip: Probability = 0.0
+    rot90: Probability = 0.0
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    brightness: Annotated[float, Field(ge=0, le=4)] = 0.0
+    contrast: Strength = 0.0
+    gamma: Strength = 0.0
+    blur: Probability = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 1.0)
+    noise: Strength = 0.0
+    colour: Strength = 0.0
+    grey: Probability = 0.0
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> "ViewConfig":
+        for name, (low, high) in (("crop", self.crop), ("aspect", self.aspect), ("blur_sigma", self.blur_sigma)):
+            if not 0 < low <= high:
+                raise ValueError(f"{name} is [{low}, {high}]; allowed: two numbers above 0, the smaller first")
+        if self.crop[1] > 1:
+            raise ValueError(f"crop ends at {self.crop[1]}; allowed: at most 1, the whole image")
+        return self
+
+
+class Augment:
+    """Makes the views of one scan.
+
+    Picklable: the albumentations pipelines are built in the process that first uses them.
+    """
+
+    def __init__(self, configs: Sequence[ViewConfig], size: int, normalise: Normalise, seed: int) -> None:
+        self.configs = tuple(configs)
+        self.size = size
+        self.normalise = normalise
+        self.seed = seed
+        self._geometry: list[Any] | None = None
+
+    def __call__(self, pixels: Pixels, low: float, high: float, *, epoch: int, sample: int) -> list[Pixels]:
+        """The views of ``pixels`` (H, W) or (H, W, 3) in ``epoch``: float32, (size, size) or (size, size, 3) each."""
+        if self._geometry is None:
+            self._geometry = [_geometry(config, self.size) for config in self.configs]
+        views = []
+        for number, (config, geometry) in enumerate(zip(self.configs, self._geometry, strict=True)):
+            stream = rng(self.seed, epoch, sample, f"view{number}")
+            geometry.set_random_state(stream, random.Random(int(stream.integers(2**63))))  # noqa: S311
+            view = self.normalise(geometry(image=pixels)["image"], low, high)
+            views.append(_intensity(view, config, stream))
+        return views
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_geometry": None}
+
+
+def letterbox(pixels: Pixels, size: int, fill: float) -> Pixels:
+    """The whole image inside a square of ``size`` pixels: aspect kept, nothing cut off, the rest ``fill``. No randomness."""
+    cv2 = _cv2()
+    height, width = pixels.shape[:2]
+    scale = size / max(height, width)
+    new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    resized = cv2.resize(pixels, (new_width, new_height), interpolation=method)
+    canvas = np.full((size, size, *pixels.shape[2:]), fill, dtype=pixels.dtype)
+    top, left = (size - new_height) // 2, (size - new_width) // 2
+    canvas[top : top + new_height, left : left + new_width] = resized
+    return canvas
+
+
+def shrink(pixels: Pixels, size: int) -> Pixels:
+    """The image with its shorter side at most ``size`` pixels, by area averaging; smaller images are returned as they are."""
+    height, width = pixels.shape[:2]
+    scale = size / min(height, width)
+    if scale >= 1:
+        return pixels
+    cv2 = _cv2()
+    shape = (max(size, round(width * scale)), max(size, round(height * scale)))
+    return np.asarray(cv2.resize(pixels, shape, interpolation=cv2.INTER_AREA))
+
+
+def _geometry(config: ViewConfig, size: int) -> Any:
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else the import asks the network for a newer version
+    import albumentations
+
+    cv2 = _cv2()
+    steps: list[Any] = [
+        albumentations.RandomResizedCrop(
+            (size, size), scale=config.crop, ratio=config.aspect, area_for_downscale="image", p=1
+        )
+    ]
+    if config.rotate:  # after the crop, where it costs least; reflected, because black corners would tell the angle
+        steps.append(albumentations.Rotate(config.rotate, border_mode=cv2.BORDER_REFLECT_101, p=1))
+    if config.hflip:
+        steps.append(albumentations.HorizontalFlip(p=config.hflip))
+    if config.vflip:
+        steps.append(albumentations.VerticalFlip(p=config.vflip))
+    if config.rot90:
+        steps.append(albumentations.RandomRotate90(p=config.rot90))
+    return albumentations.Compose(steps)
+
+
+def _intensity(view: Pixels, config: ViewConfig, stream: np.random.Generator) -> Pixels:
+    """Contrast, brightness, gamma, colour, blur, noise. Draws only for knobs that are set."""
+    if config.contrast or config.brightness:
+        factor = 1 + stream.uniform(-config.contrast, config.contrast)
+        mean = view.mean()
+        view = (view - mean) * np.float32(factor) + np.float32(
+            mean + stream.uniform(-config.brightness, config.brightness)
+        )
+    if config.gamma:
+        view = _gamma(view, math.exp(stream.uniform(-config.gamma, config.gamma)))
+    if config.colour and view.ndim == 3:
+        view = view * stream.uniform(1 - config.colour, 1 + config.colour, size=view.shape[2]).astype(np.float32)
+    if config.grey and view.ndim == 3 and stream.random() < config.grey:
+        view = np.repeat(view.mean(axis=2, keepdims=True), view.shape[2], axis=2)
+    if config.blur and stream.random() < config.blur:
+        view = _cv2().GaussianBlur(view, (0, 0), stream.uniform(*config.blur_sigma))
+    if config.noise:
+        sigma = stream.uniform(0, config.noise)
+        view = view + np.float32(sigma) * stream.standard_normal(view.shape, dtype=np.float32)
+    return np.ascontiguousarray(view, dtype=np.float32)
+
+
+def _gamma(view: Pixels, gamma: float) -> Pixels:
+    low, high = view.min(), view.max()
+    if high <= low:
+        return view
+    unit = (view - low) / (high - low)
+    return np.asarray(low + (high - low) * unit**gamma, dtype=np.float32)
+
+
+def _cv2() -> Any:
+    import cv2
+
+    cv2.setNumThreads(0)  # a thread pool in every DataLoader worker would fight for the cores, and hang after a fork
+    return cv2
