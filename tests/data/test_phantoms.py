@@ -1,0 +1,99 @@
+import csv
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sslmed.config import DataError, OutputExistsError
+from sslmed.data.modality import MODALITIES, accept
+from sslmed.data.phantoms import CLASSES, Phantoms, anatomy, phantom, write_phantoms
+from sslmed.data.readers import find, read
+
+PATIENTS = 24
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Phantoms:
+    return write_phantoms(tmp_path_factory.mktemp("phantoms") / "set", patients=PATIENTS)
+
+
+def test_all_but_the_two_broken_files_are_xrays(written: Phantoms) -> None:
+    failed = []
+    depths, shapes = set(), set()
+    for path in find(written.folder):
+        try:
+            pixels = accept(MODALITIES["xray"], read(path).pixels)
+        except DataError:
+            failed.append(path.relative_to(written.folder).as_posix())
+            continue
+        depths.add(int(pixels.max()).bit_length())
+        shapes.add(pixels.shape)
+        assert pixels.std() > 0.1 * pixels.max()
+    assert sorted(failed) == sorted(written.broken)
+    assert depths == {8, 12, 16}
+    assert len(shapes) > 3
+    assert any(height != width for height, width in shapes)
+
+
+def test_the_table_fits_the_files(written: Phantoms) -> None:
+    with written.labels.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["file", "patient", "label:finding"]
+    assert sorted(row["file"] for row in rows) == [
+        p.relative_to(written.folder).as_posix() for p in find(written.folder)
+    ]
+    assert len(rows) == written.images + 2
+    labels = {row["label:finding"] for row in rows}
+    assert labels == {*CLASSES, ""}
+    by_patient = {row["patient"]: set() for row in rows}
+    for row in rows:
+        if row["file"] not in written.broken:
+            by_patient[row["patient"]].add(row["label:finding"])
+    assert len(by_patient) == written.patients == PATIENTS
+    assert all(len(found) == 1 for found in by_patient.values())
+    assert sum(found != {""} for found in by_patient.values()) == written.labelled_patients
+
+
+def test_no_two_pictures_are_identical(written: Phantoms) -> None:
+    contents = [hashlib.sha256(path.read_bytes()).digest() for path in find(written.folder)]
+    assert len(set(contents)) == len(contents)
+
+
+def test_the_seed_decides(tmp_path: Path, written: Phantoms) -> None:
+    def bytes_of(folder: Path) -> list[bytes]:
+        return [path.read_bytes() for path in find(folder)[:9]]
+
+    again = write_phantoms(tmp_path / "again", patients=4)
+    same = write_phantoms(tmp_path / "same", patients=4)
+    other = write_phantoms(tmp_path / "other", patients=4, seed=1)
+    assert bytes_of(again.folder) == bytes_of(same.folder) != bytes_of(other.folder)
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(OutputExistsError, match=tmp_path.name):
+        write_phantoms(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_nodules_are_local_and_faint_but_above_the_noise() -> None:
+    changes = []
+    for number in range(20):
+        ill = anatomy(np.random.default_rng(number), lesion=True)
+        well = anatomy(np.random.default_rng(number), lesion=False)
+        assert ill.lungs == well.lungs
+        assert ill.nodules
+        assert not well.nodules
+        one, other = (phantom(np.random.default_rng(99), (128, 128), body=body).astype(float) for body in (ill, well))
+        change = np.abs(one - other) / 65535
+        assert change.max() < 0.4
+        assert (change > 0.01).mean() < 0.08
+        changes.append(change.max())
+    assert np.median(changes) > 0.05
+
+
+def test_phantom_has_the_size_asked_for() -> None:
+    picture = phantom(np.random.default_rng(0), (96, 120), lesion=True)
+    assert picture.shape == (96, 120)
+    assert picture.dtype == np.uint16
