@@ -1,0 +1,216 @@
+"""From the store to batches: which samples a step gets, and their views as tensors.
+
+The whole training is one finite stream of batches, a function of the seed alone. An interrupted run goes on at batch k of the
+same stream, whatever the number of workers; an epoch is a stretch of it, never a restart of the loader.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from sslmed.config import Config, UsageError
+from sslmed.data.modality import Modality
+from sslmed.data.store import Store
+from sslmed.data.views import Augment, Pixels, ViewConfig, letterbox
+from sslmed.keyed_rng import rng
+
+Rows = np.ndarray[Any, np.dtype[np.int64]]
+MOST_WORKERS = 8
+
+
+class DataConfig(Config):
+    """What is read from the store.
+
+    Attributes:
+        size: side of the square network input, pixels.
+        workers: processes that prepare batches; ``auto`` leaves two cores to the trainer, 0 does the work in its process.
+        target: the label column that probes and heads use; by default the store's first.
+    """
+
+    size: Annotated[int, Field(ge=16, le=4096)] = 96
+    workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = "auto"
+    target: str | None = None
+
+    def worker_count(self) -> int:
+        """The number of worker processes."""
+        if self.workers == "auto":
+            return max(0, min(MOST_WORKERS, len(os.sched_getaffinity(0)) - 2))
+        return self.workers
+
+
+@dataclass
+class Batch:
+    """What a Method or a Head sees.
+
+    Attributes:
+        views: one tensor (N, C, H, W) a view, float32; sizes may differ between views.
+        target: class indices (N,), -1 where there is no label.
+        ids: store rows (N,), int64, which key every random choice together with ``seed`` and ``epoch``.
+    """
+
+    views: list[torch.Tensor]
+    target: torch.Tensor
+    ids: torch.Tensor
+    seed: int
+    epoch: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The batch on ``device``."""
+        move = {"device": device, "non_blocking": non_blocking}
+        views = [view.to(**move) for view in self.views]  # type: ignore[call-overload]
+        target, ids = self.target.to(**move), self.ids.to(**move)  # type: ignore[call-overload]
+        return Batch(views, target, ids, self.seed, self.epoch)
+
+
+@dataclass(frozen=True)
+class Sample:
+    views: list[torch.Tensor]
+    row: int
+    target: int
+    epoch: int
+
+
+class ViewDataset(Dataset[Sample]):
+    """Augmented views of store rows, addressed by (epoch, row)."""
+
+    def __init__(
+        self, store: Store, modality: Modality, views: Sequence[ViewConfig], size: int, channels: int, seed: int, target: str | None
+    ) -> None:
+        self.store = store
+        self.channels = channels
+        self.augment = Augment(views, size, modality.normalise, seed)
+        self.target = None if target is None else store.target(target)
+
+    def __getitem__(self, address: tuple[int, int]) -> Sample:
+        epoch, row = address
+        low, high = self.store.range(row)
+        views = self.augment(self.store.pixels(row), low, high, epoch=epoch, sample=row)
+        target = -1 if self.target is None else int(self.target[row])
+        return Sample([_tensor(view, self.channels) for view in views], row, target, epoch)
+
+
+class PlainDataset(Dataset[Sample]):
+    """The given rows as the network sees them outside training: whole image, no augmentation."""
+
+    def __init__(self, store: Store, rows: Rows, modality: Modality, size: int, channels: int) -> None:
+        self.store, self.rows, self.modality, self.size, self.channels = store, rows, modality, size, channels
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> Sample:
+        row = int(self.rows[position])
+        low, high = self.store.range(row)
+        view = network_input(self.store.pixels(row), low, high, self.modality, self.size, self.channels)
+        return Sample([view], row, -1, 0)
+
+
+class StreamSampler(Sampler[list[tuple[int, int]]]):
+    """The (epoch, row) pairs of each batch of one training.
+
+    The order of an epoch is a permutation keyed by seed and epoch; what does not fill a step at its end is left out, so all
+    steps and all ranks get equal batches. Ranks take slices of the same global batch.
+
+    Args:
+        batch_size: samples an optimizer step, over all ranks and accumulated batches.
+        steps: optimizer steps of the whole training.
+        start: batches already done by an earlier, interrupted process.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        *,
+        accumulate: int = 1,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size % (accumulate * world_size):
+            raise UsageError(
+                f"train.batch_size is {batch_size}; it must be a multiple of accumulate x processes = {accumulate * world_size}"
+            )
+        self.rows, self.steps, self.seed, self.start, self.rank = rows, steps, seed, start, rank
+        self.accumulate = accumulate
+        self.micro = batch_size // accumulate
+        self.local = self.micro // world_size
+        self.batches_per_epoch = steps_per_epoch(len(rows), batch_size) * accumulate
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulate  # the whole stream, also when resumed: Lightning counts from its start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, self.rows
+        for batch in range(self.start, len(self)):
+            if batch // self.batches_per_epoch != epoch:
+                epoch = batch // self.batches_per_epoch
+                order = rng(self.seed, epoch, 0, "order").permutation(self.rows)
+            first = batch % self.batches_per_epoch * self.micro + self.rank * self.local
+            yield [(epoch, int(row)) for row in order[first : first + self.local]]
+
+
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """Optimizer steps in one pass over ``images``.
+
+    Raises:
+        UsageError: there are fewer images than one step needs.
+    """
+    if images < batch_size:
+        raise UsageError(
+            f"train.batch_size is {batch_size}, but there are {images} training images; give train.batch_size={max(1, images)} or less"
+        )
+    return images // batch_size
+
+
+def stream_loader(dataset: ViewDataset, sampler: StreamSampler, workers: int) -> "DataLoader[Any]":
+    """Batches in stream order; the same with any number of workers."""
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=Collate(sampler.seed), **_worker_options(workers))
+
+
+def plain_loader(
+    store: Store, rows: Rows, size: int, modality: Modality, *, channels: int, batch_size: int = 64, workers: int = 0
+) -> "DataLoader[Any]":
+    """Batches of one unaugmented view in the order of ``rows``."""
+    dataset = PlainDataset(store, rows, modality, size, channels)
+    return DataLoader(dataset, batch_size=batch_size, collate_fn=Collate(0), **_worker_options(workers))
+
+
+def network_input(pixels: Pixels, low: float, high: float, modality: Modality, size: int, channels: int) -> torch.Tensor:
+    """The tensor (C, size, size) of a whole image: letterboxed, then normalised."""
+    return _tensor(modality.normalise(letterbox(pixels, size, low), low, high), channels)
+
+
+class Collate:
+    """Stacks samples into a Batch."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        views = [torch.stack(parts) for parts in zip(*(sample.views for sample in samples), strict=True)]
+        target = torch.tensor([sample.target for sample in samples], dtype=torch.int64)
+        ids = torch.tensor([sample.row for sample in samples], dtype=torch.int64)
+        return Batch(views, target, ids, self.seed, samples[0].epoch)
+
+
+def _tensor(view: Pixels, channels: int) -> torch.Tensor:
+    """(H, W) or (H, W, 3) -> (channels, H, W); grey is repeated for a network with colour input."""
+    planes = view[None] if view.ndim == 2 else view.transpose(2, 0, 1)
+    if len(planes) not in (1, channels):
+        raise UsageError(f"backbone.in_chans is {channels}, but the store holds {len(planes)}-channel images")
+    tensor = torch.from_numpy(np.ascontiguousarray(planes, dtype=np.float32))
+    return tensor.expand(channels, *tensor.shape[1:])
+
+
+def _worker_options(workers: int) -> dict[str, Any]:
+    # not fork: a child forked after torch or OpenCV started threads can hang
+    return {"num_workers": workers, "multiprocessing_context": "forkserver" if workers else None}
