@@ -1,0 +1,5 @@
+"""Networks without training logic."""
+
+from sslmed import torchvision_ops
+
+torchvision_ops.mend()

@@ -1,0 +1,73 @@
+"""Optimizers, parameter groups and the learning-rate schedule."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from sslmed.config import Config
+
+Parameters = list[dict[str, Any]]
+REFERENCE_BATCH = 256  # learning rates of the field are quoted for it (Goyal et al., arXiv 1706.02677)
+
+
+class OptimConfig(Config):
+    """How weights are updated.
+
+    Attributes:
+        lr: peak learning rate, before ``lr_rule``.
+        lr_rule: how ``lr`` follows the global batch B: ``constant``; ``linear``, times B / 256 (Goyal et al.,
+            arXiv 1706.02677); ``sqrt``, times sqrt(B / 256) (SimCLR, arXiv 2002.05709, appendix B.1).
+        weight_decay: for weights with two dimensions or more; biases and norm layers have none.
+        warmup: share of all optimizer steps during which the rate climbs linearly from 0.
+        final_lr: the rate of the last step as a share of the peak; the way there is half a cosine.
+        momentum: of SGD.
+        betas: of AdamW.
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr_rule: Literal["constant", "linear", "sqrt"] = "constant"
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+
+    def peak_lr(self, batch_size: int) -> float:
+        """The peak learning rate for a global batch of ``batch_size`` samples."""
+        ratio = batch_size / REFERENCE_BATCH
+        return self.lr * {"constant": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[self.lr_rule]
+
+
+def decay_groups(modules: Iterable[nn.Module], weight_decay: float) -> Parameters:
+    """Two parameter groups: weights of two dimensions or more, which decay, and the rest (biases, norm layers), which do not."""
+    trainable = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(config: OptimConfig, groups: Parameters, batch_size: int) -> torch.optim.Optimizer:
+    """The optimizer over ``groups`` at its peak learning rate."""
+    lr = config.peak_lr(batch_size)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True)
+    return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=True)
+
+
+def warmup_cosine(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
+    """The factor on the peak rate as a function of performed optimizer steps: 0 at step 0 when warming up, 1 at the peak."""
+    warmup_steps = round(config.warmup * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return step / warmup_steps
+        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor

@@ -1,0 +1,136 @@
+"""Two gloo processes on the CPU, from one forkserver that has the heavy imports done: the first launch takes seconds."""
+
+import io
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import torch
+
+WORLD = 2
+PRELOAD = ["torch", "numpy", "sslmed.methods", "sslmed.commands.pretrain", "ranks"]
+
+
+def context() -> Any:
+    """A forkserver with the heavy imports done, shared by all tests that start processes."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(PRELOAD)
+    return processes
+
+
+def on_two_ranks(function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    """What ``function(*args)`` returns on rank 0 and on rank 1. It must be importable from this module's folder."""
+    processes = context()
+    answers = processes.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = str(Path(folder) / "meeting")
+        ranks = [processes.Process(target=_rank, args=(rank, meeting, answers, function, args)) for rank in range(WORLD)]
+        for process in ranks:
+            process.start()
+        try:
+            found = dict(answers.get(timeout=timeout) for _ in ranks)
+        except Empty:
+            raise TimeoutError(f"{function.__name__} did not come back from both ranks in {timeout} s") from None
+        finally:
+            for process in ranks:
+                process.join(10)
+                process.kill()
+    for rank, answer in found.items():
+        if isinstance(answer, str):
+            raise RuntimeError(f"rank {rank} failed: {answer}")
+    return [torch.load(io.BytesIO(found[rank]), weights_only=True) for rank in range(WORLD)]
+
+
+def _rank(rank: int, meeting: str, answers: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    try:
+        store = torch.distributed.FileStore(meeting, WORLD)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+        whole = io.BytesIO()  # not the tensors themselves: they would live in memory that ends with this process
+        torch.save(function(*args), whole)
+        answers.put((rank, whole.getvalue()))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    except Exception as error:
+        answers.put((rank, f"{type(error).__name__}: {error}"))
+
+
+def gather_gradient(rows: list[list[float]], weights: list[list[float]]) -> list[list[float]]:
+    """The gradient, averaged over ranks as DDP does, of sum(gather(x) * weights) with respect to all x."""
+    from sslmed import distributed
+
+    local = torch.tensor(rows, dtype=torch.float64).chunk(WORLD)[distributed.rank()].clone().requires_grad_()
+    (distributed.gather(local) * torch.tensor(weights, dtype=torch.float64)).sum().backward()
+    assert local.grad is not None
+    return local.grad.tolist()
+
+
+def embedding_gradient(loss: str, views: list[Any], *settings: Any) -> tuple[float, list[Any]]:
+    """Mean loss over ranks, and its gradient with respect to this rank's rows of each view, as DDP scales it."""
+    from importlib import import_module
+
+    from sslmed import distributed
+
+    module, name = loss.rsplit(".", 1)
+    local = [view.chunk(WORLD)[distributed.rank()].clone().requires_grad_() for view in views]
+    value = getattr(import_module(module), name)(*local, *settings)
+    value.backward()
+    mean = value.detach().clone()
+    torch.distributed.all_reduce(mean)
+    return mean.item() / WORLD, [view.grad / WORLD for view in local]
+
+
+def parameter_gradient(method: str, batch: Any) -> dict[str, torch.Tensor]:
+    """DDP's gradient of a method on this rank's half of the batch, by parameter name."""
+    from sslmed import distributed
+
+    return gradients(method, half(batch, distributed.rank()), average=True)
+
+
+def half(batch: Any, rank: int) -> Any:
+    """One rank's rows of a batch."""
+    from sslmed.data.loading import Batch
+
+    views = [view.chunk(WORLD)[rank] for view in batch.views]
+    return Batch(views, batch.target.chunk(WORLD)[rank], batch.ids.chunk(WORLD)[rank], batch.seed, batch.epoch)
+
+
+def gradients(method: str, batch: Any, average: bool = False) -> dict[str, torch.Tensor]:
+    """The gradient of a small method without BatchNorm in float64; averaged over ranks when asked, as DDP does."""
+    module = small_method(method, normalise_samples=True).double()
+    module.loss(batch)["loss"].backward()
+    found = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
+    if average:
+        for gradient in found.values():
+            torch.distributed.all_reduce(gradient)
+            gradient /= WORLD
+    return found
+
+
+def small_method(name: str, normalise_samples: bool = False) -> Any:
+    """A method on timm's smallest ResNet, always with the same weights; GroupNorm for BatchNorm when asked."""
+    from sslmed.methods import METHODS
+    from sslmed.models.backbones import BackboneConfig, build
+
+    torch.manual_seed(0)
+    kind = METHODS[name]
+    method = kind(kind.Config(name=name), build(BackboneConfig(name="test_resnet"), 32, 0))
+    if normalise_samples:
+        _without_batchnorm(method)
+    return method
+
+
+def _without_batchnorm(module: torch.nn.Module) -> None:
+    """BatchNorm statistics differ between one process and two, and SyncBatchNorm refuses the CPU; GroupNorm's do not."""
+    for name, child in module.named_children():
+        if isinstance(child, torch.nn.modules.batchnorm._BatchNorm):
+            norm = torch.nn.GroupNorm(1, child.num_features)
+            activation = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]  # timm fuses them
+            setattr(module, name, torch.nn.Sequential(norm, *activation))
+        else:
+            _without_batchnorm(child)
