@@ -1,0 +1,97 @@
+"""What every pretext task is: a LightningModule that owns its views, its loss and its projection heads."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from sslmed.config import Config
+from sslmed.data.loading import Batch
+from sslmed.data.modality import Modality
+from sslmed.data.views import ViewConfig
+from sslmed.models.backbones import Backbone
+from sslmed.optim import OptimConfig, Parameters, build_optimizer, decay_groups, warmup_cosine
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training is, in performed optimizer steps (``step`` of ``total``) and in epochs begun."""
+
+    step: int
+    total: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Overfit:
+    """How a contract test sees that the method learns 8 fixed scans: ``metric`` of ``loss`` crosses ``bound`` within ``steps``."""
+
+    steps: int
+    ratio: float
+
+
+class Method(pl.LightningModule, ABC):
+    """A pretext task.
+
+    A subclass is one file: a ``Config`` with a ``name``, ``views``, ``loss``, and whatever modules it needs. It is built from its
+    config and a backbone and never sees the trainer, the store or the world size. It randomises only through
+    ``sslmed.keyed_rng`` with the batch's seed, epoch and ids.
+    """
+
+    Config: ClassVar[type[Config]]
+    overfit: ClassVar[Overfit] = Overfit(steps=60, ratio=0.5)
+    without_gradient: ClassVar[frozenset[str]] = frozenset()  # parameters that the loss does not reach, by name
+
+    def __init__(self, config: Any, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.monitored: dict[str, torch.Tensor] = {}
+
+    @abstractmethod
+    def views(self, modality: Modality) -> tuple[ViewConfig, ...]:
+        """The views that a batch carries, in order."""
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """``loss`` (a scalar with gradient), ``embeddings`` (N, D) that must not collapse, and any scalars worth logging."""
+
+    def after_step(self, progress: Progress) -> None:
+        """Called once after every performed optimizer step: momentum encoders, queues, temperatures."""
+
+    def parameter_groups(self, weight_decay: float) -> Parameters:
+        """Parameter groups for the optimizer; by default weight decay on everything but biases and norm layers."""
+        return decay_groups([self], weight_decay)
+
+    @property
+    def exported(self) -> nn.Module:
+        """The timm network that leaves the run."""
+        return self.backbone.network
+
+    @final
+    def prepare(self, optim: OptimConfig, batch_size: int, total_steps: int, steps_per_epoch: int) -> None:
+        """Set what the optimizer and the schedule need; called once before training."""
+        self._optim, self._batch_size = optim, batch_size
+        self._total_steps, self._steps_per_epoch = total_steps, steps_per_epoch
+
+    @final
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:  # noqa: D102
+        outputs = self.loss(batch)
+        self.monitored = {name: value.detach() for name, value in outputs.items()}
+        return outputs["loss"]
+
+    @final
+    def configure_optimizers(self) -> Any:  # noqa: D102
+        groups = self.parameter_groups(self._optim.weight_decay)
+        optimizer = build_optimizer(self._optim, groups, self._batch_size)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(self._optim, self._total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @final
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+        super().optimizer_step(*args, **kwargs)
+        step = self.trainer.global_step  # counts this step already
+        self.after_step(Progress(step, self._total_steps, step // self._steps_per_epoch))

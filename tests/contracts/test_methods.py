@@ -1,0 +1,121 @@
+"""What every entry of METHODS must do. A new method gets all of this from its line in the dict."""
+
+import math
+
+import pytest
+import ranks
+import torch
+
+from sslmed import recipe
+from sslmed.data.loading import Batch, StreamSampler, ViewDataset, stream_loader
+from sslmed.data.modality import MODALITIES
+from sslmed.data.store import Store
+from sslmed.methods import METHODS
+from sslmed.methods.method import Method, Progress
+from sslmed.models.backbones import BackboneConfig, build
+from sslmed.training.monitors import embedding_std
+
+every_method = pytest.mark.parametrize("name", METHODS)
+SIZE = 32
+
+
+def batch_for(method: Method, store: Store, scans: int = 8) -> Batch:
+    policy = MODALITIES[store.modality]
+    dataset = ViewDataset(store, policy, method.views(policy), SIZE, 1, seed=0, target=None)
+    sampler = StreamSampler(store.rows("train")[:scans], scans, steps=1, seed=0)
+    return next(iter(stream_loader(dataset, sampler, workers=0)))
+
+
+@every_method
+def test_the_loss_is_finite_and_reaches_every_parameter(name: str, phantom_store: Store) -> None:
+    method = ranks.small_method(name)
+    batch = batch_for(method, phantom_store)
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.01)
+    for _ in range(2):  # timm starts residual branches at zero; one step opens them
+        optimizer.zero_grad()
+        outputs = method.loss(batch)
+        assert outputs["loss"].shape == ()
+        assert torch.isfinite(outputs["loss"])
+        outputs["loss"].backward()
+        optimizer.step()
+    without = {key for key, value in method.named_parameters() if value.requires_grad and (value.grad is None or not value.grad.any())}
+    assert without == set(method.without_gradient)
+
+
+@every_method
+def test_it_overfits_eight_fixed_scans_without_collapsing(name: str, phantom_store: Store) -> None:
+    method = ranks.small_method(name)
+    batch = batch_for(method, phantom_store)
+    optimizer = torch.optim.AdamW(method.parameter_groups(1e-4), lr=1e-3)
+    losses = []
+    for step in range(method.overfit.steps):
+        outputs = method.loss(batch)
+        optimizer.zero_grad()
+        outputs["loss"].backward()
+        optimizer.step()
+        method.after_step(Progress(step + 1, method.overfit.steps, step + 1))
+        losses.append(outputs["loss"].item())
+    assert losses[-1] < method.overfit.ratio * losses[0]
+    if "embeddings" in outputs:
+        assert embedding_std(outputs["embeddings"]) > 0.1 / math.sqrt(outputs["embeddings"].shape[1])
+
+
+@every_method
+def test_the_exported_network_is_timms_own(name: str) -> None:
+    method = ranks.small_method(name)
+    names = set(build(BackboneConfig(name="test_resnet"), SIZE, 1).network.state_dict())
+    assert set(method.exported.state_dict()) == names
+
+
+@every_method
+def test_save_and_load_give_the_same_loss(name: str, phantom_store: Store) -> None:
+    method, other = ranks.small_method(name), ranks.small_method(name)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 1
+    other.load_state_dict(method.state_dict())
+    batch = batch_for(method, phantom_store)
+    assert torch.equal(method.loss(batch)["loss"], other.loss(batch)["loss"])
+
+
+@every_method
+def test_bf16_stays_close_to_fp32(name: str, phantom_store: Store) -> None:
+    method = ranks.small_method(name)
+    batch = batch_for(method, phantom_store)
+    exact = method.loss(batch)["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = method.loss(batch)["loss"]
+    assert rounded.dtype == torch.float32
+    assert rounded.item() == pytest.approx(exact.item(), rel=0.1)
+
+
+@every_method
+def test_constant_images_give_a_finite_loss_and_gradient(name: str, phantom_store: Store) -> None:
+    method = ranks.small_method(name)
+    batch = batch_for(method, phantom_store)
+    batch.views = [torch.zeros_like(view) for view in batch.views]
+    loss = method.loss(batch)["loss"]
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(value.grad).all() for value in method.parameters() if value.grad is not None)
+
+
+@every_method
+def test_its_settings_survive_a_recipe(name: str, tmp_path: pytest.TempPathFactory) -> None:
+    path = tmp_path / "recipe.yaml"  # type: ignore[operator]
+    path.write_text(f"method: {{name: {name}}}\n")
+    first = recipe.load_pretrain(path)
+    path.write_text(recipe.dump(first))
+    assert recipe.load_pretrain(path) == first
+
+
+@pytest.mark.ddp
+@every_method
+def test_two_processes_give_the_parameter_gradients_of_one(name: str, phantom_store: Store) -> None:
+    batch = batch_for(ranks.small_method(name), phantom_store)
+    batch.views = [view.double() for view in batch.views]
+    expected = ranks.gradients(name, batch)
+    for answer in ranks.on_two_ranks(ranks.parameter_gradient, name, batch):
+        assert answer.keys() == expected.keys()
+        for parameter, gradient in expected.items():
+            torch.testing.assert_close(answer[parameter], gradient, rtol=1e-6, atol=1e-9, msg=parameter)
