@@ -1,0 +1,10 @@
+"""Supervised tasks. A new one is a file here and a line in HEADS."""
+
+from sslmed import torchvision_ops
+
+torchvision_ops.mend()
+
+from sslmed.heads.classification import Classification  # noqa: E402
+from sslmed.heads.head import Head  # noqa: E402
+
+HEADS: dict[str, type[Head]] = {"classification": Classification}
