@@ -1,0 +1,310 @@
+"""The folder that leaves a run: weights under timm's names, a card, a manifest of digests and a self-test.
+
+    model.safetensors        the backbone
+    head.safetensors         the head, for a fine-tuned model
+    card.json  README.md     what it is, for programs and for people
+    fingerprint.safetensors  keyed patient ids that training saw
+    selftest.safetensors     an input and its features
+    MANIFEST.json            sha256 of each file
+"""
+
+import json
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+import torch
+from torch import nn
+
+from sslmed import __version__
+from sslmed.config import Config, DataError, MissingInputError
+from sslmed.data.loading import Rows
+from sslmed.data.modality import Modality
+from sslmed.data.store import Store
+from sslmed.durable import PARTIAL, sha256
+from sslmed.keyed_rng import rng
+from sslmed.models.backbones import BackboneConfig, build
+
+SCHEMA = 1
+MANIFEST = "MANIFEST.json"
+SELF_TEST_TOLERANCE = 1e-4  # relative to the largest feature: other CPUs add in another order
+
+
+class DataCard(Config):
+    """What training read, without naming anyone."""
+
+    fingerprint: str
+    key_id: str
+    split_digest: str
+    images: int
+    patients: int
+    licence: str = "not stated"
+
+
+class HeadCard(Config):
+    """The supervised head of a fine-tuned model; ``config`` is its recipe section."""
+
+    name: str
+    target: str
+    classes: tuple[str, ...]
+    config: dict[str, Any]
+
+
+class Card(Config):
+    """What a later command must know to use the weights without any flag.
+
+    Attributes:
+        size: side of the square input, pixels.
+        normalisation: the modality's, in words.
+        method: pretext task or supervised task, as in the recipe; ``none`` when the backbone was not pretrained.
+        recipe: the resolved recipe of the run.
+        parent: sha256 of the weights that fine-tuning started from.
+    """
+
+    schema_version: Literal[1] = SCHEMA
+    sslmed_version: str = __version__
+    torch_version: str = torch.__version__
+    backbone: BackboneConfig
+    num_features: int
+    size: int
+    modality: str
+    normalisation: str
+    method: dict[str, Any]
+    recipe: dict[str, Any]
+    data: DataCard
+    steps: int
+    licence: str = "not stated"
+    head: HeadCard | None = None
+    parent: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """``backbone``, or the name of the head."""
+        return self.head.name if self.head else "backbone"
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """The outcome of running the stored input through the loaded weights."""
+
+    passed: bool
+    difference: float
+
+
+def write(
+    folder: Path, network: nn.Module, card: Card, seen: np.ndarray[Any, np.dtype[np.uint8]], head: nn.Module | None = None
+) -> None:
+    """Write an artifact, whole or not at all, in place of an earlier one of the same run.
+
+    Args:
+        network: the timm network; its self-test features are computed here.
+        seen: keyed patient ids (n, 8), as ``data.identity.fingerprint`` makes them.
+        head: the supervised head.
+    """
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    partial.mkdir(parents=True)
+    try:
+        _save_tensors(partial / "model.safetensors", _state(network))
+        if head is not None:
+            _save_tensors(partial / "head.safetensors", _state(head))
+        _save_tensors(partial / "fingerprint.safetensors", {"patients": torch.from_numpy(np.array(seen, dtype=np.uint8))})
+        images = _self_test_input(card)
+        _save_tensors(partial / "selftest.safetensors", {"input": images, "features": _features(network, images)})
+        (partial / "card.json").write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(_readme(card), encoding="utf-8")
+        digests = {path.name: sha256(path) for path in sorted(partial.iterdir())}
+        (partial / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+        for path in partial.iterdir():
+            path.chmod(0o644)  # safetensors writes for the owner alone, but an artifact is for others
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def resolve(path: Path | str) -> Path:
+    """The artifact folder of an artifact or of a run.
+
+    Raises:
+        MissingInputError: nothing is there.
+        DataError: something else is there, or the run has not finished.
+    """
+    path = Path(path)
+    for folder in (path, path / "artifact"):
+        if (folder / MANIFEST).is_file():
+            return folder
+    if not path.exists():
+        raise MissingInputError(f"there is no run or artifact at {path}")
+    if (path / "run.json").is_file():
+        raise DataError(f"the run {path} has no artifact yet; finish it with the same command and --resume")
+    raise DataError(f"{path} is neither a run nor an artifact: it holds no {MANIFEST}")
+
+
+def read_card(path: Path | str) -> Card:
+    """The card of an artifact or run, after every file's digest has been checked.
+
+    Raises:
+        MissingInputError: nothing is there.
+        DataError: a file is missing or damaged, or the card is of a newer version.
+    """
+    folder = resolve(path)
+    damaged = damage(folder)
+    if damaged:
+        raise DataError(f"the artifact {folder} is damaged: {'; '.join(damaged[:3])}. Get it again, or run `sslmed verify {folder}`.")
+    content = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    if content.get("schema_version") != SCHEMA:
+        raise DataError(f"{folder} has card version {content.get('schema_version')}; this sslmed reads version {SCHEMA}")
+    try:
+        return Card.model_validate(content)
+    except pydantic.ValidationError as error:
+        raise DataError(f"the card of {folder} is not valid: {error.errors()[0]['msg']}") from error
+
+
+def damage(folder: Path) -> list[str]:
+    """What does not match the manifest, a line a file; empty when the artifact is whole."""
+    try:
+        digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        names = {str(name): str(digest) for name, digest in digests.items()}
+    except (OSError, ValueError, AttributeError):
+        return [f"{MANIFEST} is not readable"]
+    found = []
+    for name, digest in names.items():
+        if Path(name).name != name or not (folder / name).is_file():
+            found.append(f"{name} is missing")
+        elif sha256(folder / name) != digest:
+            found.append(f"{name} does not match its digest")
+    required = {"model.safetensors", "card.json", "selftest.safetensors", "fingerprint.safetensors"}
+    return found + [f"{name} is not in the manifest" for name in sorted(required - set(names))]
+
+
+def load_backbone(path: Path | str) -> nn.Module:
+    """The pretrained timm network in evaluation mode: images (N, C, H, W) -> pooled features (N, D).
+
+    Args:
+        path: an artifact, or a finished run.
+
+    Raises:
+        MissingInputError: nothing is there.
+        DataError: a file is damaged, or its tensors are not those of the architecture on the card.
+    """
+    card = read_card(path)
+    network = build(card.backbone, card.size, seed=0).network
+    _load_tensors(network, resolve(path) / "model.safetensors")
+    return network.eval()
+
+
+def load_head(path: Path | str, head: nn.Module) -> None:
+    """Fill ``head`` with the artifact's tensors."""
+    _load_tensors(head, resolve(path) / "head.safetensors")
+
+
+def read_fingerprint(path: Path | str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Keyed patient ids (n, 8) that training saw, with those of its parents."""
+    from safetensors.numpy import load_file
+
+    return np.asarray(load_file(resolve(path) / "fingerprint.safetensors")["patients"])
+
+
+def self_test(path: Path | str) -> SelfTest:
+    """Run the stored input through the weights and compare with the stored features."""
+    from safetensors.torch import load_file
+
+    network = load_backbone(path)
+    stored = load_file(resolve(path) / "selftest.safetensors")
+    features = _features(network, stored["input"])
+    difference = float((features - stored["features"]).abs().max() / stored["features"].abs().max().clamp_min(1e-12))
+    return SelfTest(difference <= SELF_TEST_TOLERANCE, difference)
+
+
+def check_fits(card: Card, modality: str, channels: int) -> None:
+    """Refuse a store that the artifact was not made for.
+
+    Raises:
+        DataError: another modality or number of channels.
+    """
+    if (card.modality, card.backbone.in_chans) != (modality, channels):
+        raise DataError(
+            f"backbone was trained on {card.backbone.in_chans}-channel {card.modality}; "
+            f"the store holds {channels}-channel {modality}"
+        )
+
+
+def describe(store: Store, rows: Rows) -> DataCard:
+    """What the card says of the ``rows`` that training read."""
+    return DataCard(
+        fingerprint=store.fingerprint,
+        key_id=store.key_id,
+        split_digest=store.split_digest,
+        images=len(rows),
+        patients=len(np.unique(store.patients(rows))),
+    )
+
+
+def in_words(policy: Modality) -> str:
+    """The modality's normalisation as its function describes itself."""
+    return (policy.normalise.__doc__ or "").splitlines()[0].rstrip(".")
+
+
+def _state(module: nn.Module) -> dict[str, torch.Tensor]:
+    # contiguous: safetensors refuses channels_last tensors
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+
+
+def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, path)
+
+
+def _load_tensors(module: nn.Module, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        module.load_state_dict(load_file(path), strict=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise DataError(f"{path} does not hold this network's tensors: {str(error).splitlines()[0]}") from error
+
+
+def _self_test_input(card: Card) -> torch.Tensor:
+    stream = rng(0, 0, 0, "self-test")
+    shape = (2, card.backbone.in_chans, card.size, card.size)
+    return torch.from_numpy(stream.standard_normal(shape, dtype=np.float32))
+
+
+@torch.inference_mode()
+def _features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    training = network.training
+    network.eval()
+    device = next(network.parameters()).device
+    features: torch.Tensor = network(images.to(device)).float().cpu().contiguous()
+    network.train(training)
+    return features
+
+
+def _readme(card: Card) -> str:
+    name, channels = card.backbone.name, card.backbone.in_chans
+    task = f"`{card.head.name}` of `{card.head.target}`: {', '.join(card.head.classes)}" if card.head else "backbone"
+    return f"""# {name}, {card.modality}, {card.method.get("name", "none")}
+
+{task}. {channels}-channel {card.modality} images, {card.size} x {card.size} pixels, {card.normalisation}.
+Trained for {card.steps} steps on {card.data.images} images of {card.data.patients} patients
+(data fingerprint `{card.data.fingerprint[:16]}`). Licence of the weights: {card.licence}.
+Not a medical device: research use only.
+
+```python
+import sslmed
+backbone = sslmed.load_backbone("artifact")  # checks every digest
+
+import timm
+backbone = timm.create_model("{name}", in_chans={channels}, num_classes=0, checkpoint_path="artifact/model.safetensors")
+```
+"""

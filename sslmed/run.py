@@ -1,0 +1,211 @@
+"""The run folder, the same for every command.
+
+    recipe.yaml  run.json  metrics.jsonl  train.log  checkpoints/last.ckpt  artifact/
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from sslmed import __version__, console
+from sslmed.config import DataError, Interrupted, MissingInputError, OutputExistsError, SslmedError, TemporaryError, UsageError
+from sslmed.durable import write_atomically, write_json
+
+PACKAGES = ("torch", "torchvision", "pytorch-lightning", "timm", "albumentations", "h5py", "numpy")
+
+
+class Run:
+    """One run folder, locked while this process works in it. Use as a context manager: leaving it records how it ended."""
+
+    def __init__(self, path: Path, state: dict[str, Any], lock: int) -> None:
+        self.path = path
+        self._state = state
+        self._lock = lock
+
+    @classmethod
+    def start(cls, path: Path | str, command: str, recipe: str, facts: dict[str, Any]) -> Self:
+        """Make a new run.
+
+        Args:
+            command: the verb.
+            recipe: the resolved recipe as YAML.
+            facts: seed, data fingerprint and whatever else the command records.
+
+        Raises:
+            OutputExistsError: something is there already.
+        """
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise OutputExistsError(
+                f"the output {path} exists already; go on with the same command and --resume, or give another --out"
+            )
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
+        with write_atomically(path / "recipe.yaml") as partial:
+            partial.write_text(recipe, encoding="utf-8")
+        state = {"id": uuid.uuid4().hex[:12], "command": command, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}
+        return cls(path, state, lock)
+
+    @classmethod
+    def resume(cls, path: Path | str, command: str) -> Self:
+        """Go on with a run that was interrupted, or open one that has finished.
+
+        Raises:
+            MissingInputError: there is no run.
+            DataError: it is a run of another command.
+            TemporaryError: another process works in it.
+        """
+        path = Path(path)
+        state = read(path)
+        if state["command"] != command:
+            raise DataError(f"{path} is a run of `sslmed {state['command']}`, not of `sslmed {command}`")
+        return cls(path, state, _lock(path))
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the checkpoint lies."""
+        return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def artifact(self) -> Path:
+        """Where the artifact lies once the run is done."""
+        return self.path / "artifact"
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def done(self) -> bool:
+        """Whether the run came to its end."""
+        return bool(self._state["status"] == "done")
+
+    def fact(self, name: str) -> Any:
+        """Something that was recorded at the start."""
+        return self._state.get(name)
+
+    def refuse_changes(self, changes: Sequence[str], facts: dict[str, Any]) -> None:
+        """Refuse a resume that would not be the same run, and let go of it.
+
+        Args:
+            changes: how the recipe differs, a line a setting.
+            facts: what was recorded at the start, as it would be now.
+
+        Raises:
+            UsageError: something differs.
+        """
+        others = [f"{name}: {self.fact(name)} -> {value}" for name, value in facts.items() if self.fact(name) != value]
+        if changes or others:
+            self.close()
+            lines = [*changes, *others]
+            more = [f"and {len(lines) - 3} more"] if len(lines) > 3 else []
+            raise UsageError(
+                "\n".join(["--resume cannot change the run:", *lines[:3], *more, "go on as it was, or start a new run with another --out"])
+            )
+
+    def log(self, step: int, **values: float | int | str | None) -> None:
+        """Append one line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Forget metrics of later steps than ``step``: they will come again."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        with write_atomically(path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def say(self, line: str) -> None:
+        """Print a line and keep it in train.log."""
+        console.say(line)
+        with (self.path / "train.log").open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+
+    def __enter__(self) -> Self:
+        return self._enter("running")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._state["exit_code"] = _exit_code(error)
+        self._enter("done" if error is None else "interrupted" if _interrupted(error) else "failed")
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes in."""
+        os.close(self._lock)
+
+    def _enter(self, status: str) -> Self:
+        self._state |= {"status": status, "pid": os.getpid(), "versions": versions(), "threads": torch.get_num_threads()}
+        self._state["command_line"] = shlex.join(["sslmed", *sys.argv[1:]])
+        write_json(self.path / "run.json", self._state)
+        return self
+
+
+def read(path: Path) -> dict[str, Any]:
+    """run.json of a run.
+
+    Raises:
+        MissingInputError: there is none.
+        DataError: it is not readable.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MissingInputError(f"there is no run at {path}; start it without --resume") from error
+    except ValueError as error:
+        raise DataError(f"{path / 'run.json'} is damaged: {error}") from error
+    return state
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line cut off by a kill is left out."""
+    lines = (path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def versions() -> dict[str, str]:
+    """Of Python, sslmed and the packages that decide the numbers."""
+    found = {"python": platform.python_version(), "sslmed": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def _lock(path: Path) -> int:
+    """Held until the process ends, however it ends."""
+    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise TemporaryError(f"another process works in {path}; wait for it, or stop it and use --resume") from error
+    return descriptor
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    return isinstance(error, (Interrupted, KeyboardInterrupt))
+
+
+def _exit_code(error: BaseException | None) -> int:
+    if error is None:
+        return 0
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return error.exit_code if isinstance(error, SslmedError) else 1

@@ -1,0 +1,114 @@
+"""Checkpoints that survive, and a resume that repeats to the last bit.
+
+Lightning's own writer moves a file from $TMPDIR over the good checkpoint; on a full disk both are lost (measured). This one
+writes beside the target, checks what it wrote and renames. A checkpoint holds tensors and primitives only.
+"""
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import CheckpointIO
+
+from sslmed.config import DataError, DiskError, Interrupted
+from sslmed.durable import PARTIAL, write_atomically
+from sslmed.training.signals import SignalWatch
+
+STATE = "sslmed"  # our entry in Lightning's checkpoint
+
+
+class DurableCheckpointIO(CheckpointIO):
+    """How Lightning's checkpoint dictionary gets to disk and back."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:  # noqa: D102
+        path = Path(path)
+        with write_atomically(path) as partial:
+            try:
+                torch.save(checkpoint, partial)
+            except RuntimeError as error:  # torch hides a full disk behind "unexpected pos"
+                raise DiskError(f"cannot write {path}: {error}. The earlier checkpoint is untouched.") from error
+            with zipfile.ZipFile(partial) as archive:
+                if archive.testzip() is not None:
+                    raise DiskError(f"{path} reads back differently from what was written; the earlier one is untouched")
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:  # noqa: ARG002, D102
+        return load(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:  # noqa: D102
+        Path(path).unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The checkpoint dictionary, on the CPU, after every member's checksum has been read.
+
+    Raises:
+        DataError: the file is damaged or not a checkpoint of sslmed.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise DataError(f"the checkpoint {path} is damaged in {damaged}; delete it to start again")
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, ValueError) as error:
+        raise DataError(f"the checkpoint {path} is damaged ({type(error).__name__}); delete it to start again") from error
+    if STATE not in checkpoint:
+        raise DataError(f"{path} was not written by sslmed")
+    return checkpoint
+
+
+def steps_done(path: Path) -> int:
+    """Optimizer steps that the checkpoint holds; 0 when there is none. Sweeps what a killed writer left behind."""
+    for orphan in path.parent.glob(f".*{PARTIAL}"):
+        orphan.unlink()
+    return int(load(path)[STATE]["step"]) if path.exists() else 0
+
+
+class Checkpointer(pl.Callback):
+    """Saves every ``every`` optimizer steps, at the end, and when a signal asks for the end.
+
+    It also carries torch's random state, which only dropout-like layers use, over the gap.
+    """
+
+    def __init__(self, path: Path, every: int, healthy: Callable[[], None]) -> None:
+        """``healthy`` raises when the weights are not worth keeping; it is called before each save."""
+        self.path = path
+        self.every = every
+        self.healthy = healthy
+        self.signals = SignalWatch()
+        self._random_state: torch.Tensor | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002, D102
+        self.signals.install()  # after Lightning's own handlers; Lightning puts back the earlier ones when it is done
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002, D102
+        checkpoint[STATE] = {"step": trainer.global_step, "rng": torch.get_rng_state()}
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002, D102
+        self._random_state = checkpoint[STATE]["rng"]
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002, D102
+        if self._random_state is not None:  # only now: making the loader's iterator draws from the same state
+            torch.set_rng_state(self._random_state)
+            self._random_state = None
+
+    def on_train_batch_end(  # noqa: D102
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int  # noqa: ARG002
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if self.signals.received:
+            self._save(trainer)
+            raise Interrupted(
+                f"stopped by {self.signals.received.name} after step {trainer.global_step}; the checkpoint is saved. "
+                "Go on with the same command and --resume.",
+                self.signals.received,
+            )
+        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        self.healthy()
+        trainer.save_checkpoint(self.path)

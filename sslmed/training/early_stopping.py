@@ -1,0 +1,62 @@
+"""Early stopping on val patients: keep the weights of the best check, stop when checks no longer improve."""
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import pytorch_lightning as pl
+import torch
+from pydantic import Field
+
+from sslmed.config import Config
+from sslmed.run import Run
+
+
+class StopConfig(Config):
+    """When fine-tuning ends early.
+
+    Attributes:
+        check_every: optimizer steps between checks on val patients.
+        patience: checks in a row without a better score; 0 never stops early, but still keeps the best weights.
+    """
+
+    check_every: Annotated[int, Field(ge=1)] = 20
+    patience: Annotated[int, Field(ge=0)] = 5
+
+
+class EarlyStopping(pl.Callback):
+    """Calls ``score`` every ``check_every`` steps and at the end; its state, weights included, is part of the checkpoint."""
+
+    def __init__(self, config: StopConfig, run: Run, name: str, score: Callable[[], float]) -> None:
+        self.config, self.run, self.name, self.score = config, run, name, score
+        self.best, self.best_step, self.worse = -math.inf, 0, 0
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_train_batch_end(  # noqa: D102
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int  # noqa: ARG002
+    ) -> None:
+        step = trainer.global_step
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if step % self.config.check_every and step != trainer.max_steps:
+            return
+        score = self.score()
+        self.run.log(step, **{f"val_{self.name}": score})
+        if score > self.best:
+            self.best, self.best_step, self.worse = score, step, 0
+            self.weights = {name: tensor.detach().cpu().clone() for name, tensor in pl_module.state_dict().items()}
+        else:
+            self.worse += 1
+        if self.config.patience and self.worse >= self.config.patience:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002, D102
+        if self.weights:
+            pl_module.load_state_dict(self.weights)
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return {"best": self.best, "best_step": self.best_step, "worse": self.worse, "weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
+        self.best, self.best_step, self.worse = state["best"], state["best_step"], state["worse"]
+        self.weights = state["weights"]

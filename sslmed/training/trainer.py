@@ -1,0 +1,102 @@
+"""The one place that builds a Lightning Trainer."""
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self
+
+import pytorch_lightning as pl
+import torch
+from pydantic import Field, model_validator
+
+from sslmed.config import Config
+from sslmed.data.loading import steps_per_epoch
+from sslmed.training.checkpoint import DurableCheckpointIO
+
+DEFAULT_EPOCHS = 100
+
+
+class TrainConfig(Config):
+    """How long and on what.
+
+    Attributes:
+        epochs: passes over the data; ``max_steps`` counts optimizer steps instead. Give one of them; default 100 epochs.
+        batch_size: samples an optimizer step, over all processes and accumulated batches.
+        accumulate: parts in which a step's batch is computed, to save memory.
+        precision: ``32``; ``bf16``, mixed; ``auto``, bf16 where the hardware multiplies it (a GPU, or a CPU with AMX).
+        devices: ``auto`` is one GPU if there is one, else the CPU.
+        save_every_steps: optimizer steps between checkpoints.
+        seed: of every random choice.
+    """
+
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=2, le=1_000_000)] = 256
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    precision: Literal["auto", "bf16", 32] = "auto"
+    devices: Literal["auto", 1] = "auto"
+    save_every_steps: Annotated[int, Field(ge=1)] = 500
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError(f"epochs is {self.epochs} and max_steps is {self.max_steps}; give one of them")
+        return self
+
+    def total_steps(self, images: int) -> int:
+        """Optimizer steps of a training on ``images`` images."""
+        each = steps_per_epoch(images, self.batch_size)
+        return self.max_steps or (self.epochs or DEFAULT_EPOCHS) * each
+
+
+def build_trainer(config: TrainConfig, total_steps: int, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
+    """A Trainer that does nothing by itself: no logger, bar, validation or checkpoint but ours.
+
+    The whole training is one Lightning epoch, because our stream of batches has no seams (see ``data.loading``).
+    """
+    silence()
+    return pl.Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        devices=1,
+        precision=lightning_precision(config.precision),
+        max_epochs=1,
+        max_steps=total_steps,
+        accumulate_grad_batches=config.accumulate,
+        callbacks=list(callbacks),
+        plugins=[DurableCheckpointIO()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+
+
+def lightning_precision(precision: Literal["auto", "bf16", 32]) -> Literal["bf16-mixed", "32-true"]:
+    """Lightning's name for ``precision`` on this machine. bf16 on a CPU without AMX is many times slower than fp32."""
+    if precision == "auto":
+        precision = "bf16" if _has_fast_bf16() else 32
+    return "bf16-mixed" if precision == "bf16" else "32-true"
+
+
+def silence() -> None:
+    """Switch off Lightning's tips, device lines and warnings about choices that are made here on purpose."""
+    os.environ.setdefault("POSSIBLE_USER_WARNINGS", "off")
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*GPU available but not used.*",
+        ".*not resumable.*",  # our loader starts at the right batch by itself
+        ".*LeafSpec.*",  # Lightning 2.6 calls a torch helper by its old name
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _has_fast_bf16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
