@@ -1,0 +1,220 @@
+"""``sslmed pretrain``: unlabelled images in, a backbone out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sslmed import artifact
+from sslmed.config import DataError, UsageError
+from sslmed.data import identity, modality
+from sslmed.data.loading import Rows, ViewDataset, plain_loader, steps_per_epoch
+from sslmed.data.store import Store
+from sslmed.evaluation import metrics, probes
+from sslmed.methods import METHODS
+from sslmed.methods.method import Method
+from sslmed.models.backbones import build
+from sslmed.recipe import PretrainRecipe, diff, dump, load_pretrain
+from sslmed.run import Run, read_metrics
+from sslmed.training.fit import fit, seed_everything
+from sslmed.training.monitors import Monitor
+
+PROBE_IMAGES = 1000  # at most, of train and of val: the probe while training is a thermometer, not a result
+BYTES_A_PARAMETER = 4 * (1 + 2) + 4  # weights and two moments in the checkpoint, weights in the artifact
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """A finished pretraining. ``metrics`` are the last ones logged."""
+
+    run: str
+    artifact: str
+    steps: int
+    seconds: float
+    metrics: dict[str, float]
+    next: str
+
+    def lines(self) -> list[str]:
+        """For people."""
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in self.metrics.items())
+        return [f"pretrained {self.steps} steps in {self.seconds:.0f} s: {shown}", f"backbone: {self.artifact}"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PretrainPlan:
+    """What a pretraining would do."""
+
+    parameters: int
+    backbone_parameters: int
+    images: int
+    patients: int
+    steps: int
+    steps_per_epoch: int
+    disk_bytes: int
+    next: str
+
+    def lines(self) -> list[str]:
+        """For people."""
+        return [
+            f"{self.images} images of {self.patients} patients (train and unlabelled)",
+            f"{self.parameters:,} parameters, {self.backbone_parameters:,} of them in the backbone",
+            f"{self.steps} optimizer steps, {self.steps_per_epoch} an epoch",
+            f"about {self.disk_bytes / 1e6:.0f} MB on disk",
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        return asdict(self)
+
+
+def pretrain(
+    recipe: str | Path, data: str | Path, out: str | Path, *, overrides: Sequence[str] = (), resume: bool = False
+) -> PretrainResult:
+    """Pretrain a backbone on the train and unlabelled patients of a store.
+
+    Args:
+        recipe: a shipped name, such as ``xray/simclr_resnet18``, or a file.
+        data: the store.
+        out: the run folder.
+        overrides: ``section.key=value`` settings on top of the recipe.
+        resume: go on with an interrupted run; everything else must be as it was.
+
+    Raises:
+        UsageError: a wrong recipe, or a resume that would change recipe or data.
+        OutputExistsError: ``out`` is there and ``resume`` is not set.
+        TrainingAborted: non-finite loss or collapsed embeddings.
+        Interrupted: a signal; the checkpoint is saved.
+    """
+    settings = load_pretrain(recipe, overrides)
+    store = Store(data)
+    rows = _training_rows(store)
+    settings.train.total_steps(len(rows))
+    method, dataset = _assemble(settings, store)
+    with _open(settings, store, out, resume) as run:
+        if not run.done:
+            run.say(f"pretraining {settings.backbone.name} with {settings.method.name} on {len(rows)} images")  # type: ignore[attr-defined]
+        monitor = Monitor(
+            settings.monitor,
+            run,
+            settings.train.batch_size,
+            steps_per_epoch(len(rows), settings.train.batch_size),
+            _probe(method.exported, settings, store),
+        )
+        fitted = fit(
+            method, dataset, rows, settings.train, settings.optim, run, monitor, workers=settings.data.worker_count()
+        )
+        artifact.write(
+            run.artifact, method.exported, _card(settings, store, rows, method, fitted.steps), identity.fingerprint(store.patients(rows))
+        )
+    return PretrainResult(
+        str(run.path),
+        str(run.artifact),
+        fitted.steps,
+        fitted.seconds,
+        _last(run.path),
+        f"sslmed evaluate {run.path} --data {store.path}",
+    )
+
+
+def plan(recipe: str | Path, data: str | Path, *, overrides: Sequence[str] = ()) -> PretrainPlan:
+    """What ``pretrain`` would do, from the recipe and the store's index alone."""
+    settings = load_pretrain(recipe, overrides)
+    store = Store(data)
+    rows = _training_rows(store)
+    method, _ = _assemble(settings, store)
+    parameters = sum(parameter.numel() for parameter in method.parameters())
+    return PretrainPlan(
+        parameters,
+        sum(parameter.numel() for parameter in method.exported.parameters()),
+        len(rows),
+        len(set(store.patients(rows))),
+        settings.train.total_steps(len(rows)),
+        steps_per_epoch(len(rows), settings.train.batch_size),
+        parameters * BYTES_A_PARAMETER,
+        f"sslmed pretrain {recipe} --data {data} --out RUN" + "".join(f" {override}" for override in overrides),
+    )
+
+
+def _training_rows(store: Store) -> Rows:
+    rows = store.rows("train", "unlabelled")
+    if not len(rows):
+        raise DataError(f"the store {store.path} has no train or unlabelled patients to pretrain on")
+    return rows
+
+
+def _assemble(settings: PretrainRecipe, store: Store) -> tuple[Method, ViewDataset]:
+    policy = modality.with_views(modality.named(store.modality), settings.views)
+    seed_everything(settings.train.seed)
+    backbone = build(settings.backbone, settings.data.size, settings.train.seed)
+    channels = settings.backbone.in_chans
+    if channels < int(store.index.channels.max()):
+        raise UsageError(
+            f"backbone.in_chans is {channels}, but the store holds {int(store.index.channels.max())}-channel images; set backbone.in_chans=3"
+        )
+    method = METHODS[settings.method.name](settings.method, backbone)  # type: ignore[attr-defined]
+    views = method.views(policy)
+    return method, ViewDataset(store, policy, views, settings.data.size, channels, settings.train.seed, None)
+
+
+def _open(settings: PretrainRecipe, store: Store, out: str | Path, resume: bool) -> Run:
+    facts = {"seed": settings.train.seed, "data": str(store.path), "data_fingerprint": store.fingerprint}
+    if not resume:
+        return Run.start(out, "pretrain", dump(settings), facts)
+    run = Run.resume(out, "pretrain")
+    run.refuse_changes(diff(load_pretrain(run.recipe), settings), facts)
+    return run
+
+
+def _probe(network: nn.Module, settings: PretrainRecipe, store: Store) -> Callable[[], dict[str, float]] | None:
+    """A nearest-neighbour score on val patients, or nothing when there are no labels."""
+    name = settings.data.target or store.default_target()
+    if name is None or not settings.monitor.knn_every:
+        return None
+    target, policy = store.target(name), modality.named(store.modality)
+    bank, queries = (_spread(rows[target[rows] >= 0]) for rows in (store.rows("train"), store.rows("val")))
+    classes = len(store.classes(name))
+    if not len(bank) or len(set(target[queries])) < 2:
+        return None
+
+    def score() -> dict[str, float]:
+        size, channels = settings.data.size, settings.backbone.in_chans
+        features = [
+            probes.embed(network, plain_loader(store, rows, size, policy, channels=channels)) for rows in (bank, queries)
+        ]
+        scores = probes.knn_scores(features[0], target[bank], features[1], classes)
+        return {"knn_val_auroc": float(metrics.auroc(target[queries], scores))}
+
+    return score
+
+
+def _spread(rows: Rows) -> Rows:
+    return rows[:: -(-len(rows) // PROBE_IMAGES)] if len(rows) else rows
+
+
+def _card(settings: PretrainRecipe, store: Store, rows: Rows, method: Method, steps: int) -> artifact.Card:
+    policy = modality.named(store.modality)
+    return artifact.Card(
+        backbone=settings.backbone,
+        num_features=method.backbone.num_features,
+        size=settings.data.size,
+        modality=policy.name,
+        normalisation=artifact.in_words(policy),
+        method=settings.method.model_dump(mode="json"),
+        recipe=settings.model_dump(mode="json"),
+        data=artifact.describe(store, rows),
+        steps=steps,
+    )
+
+
+def _last(run: Path) -> dict[str, float]:
+    wanted = ("loss", "embedding_std", "rankme", "knn_val_auroc")
+    last: dict[str, float] = {}
+    for line in read_metrics(run):
+        last |= {name: line[name] for name in wanted if name in line}
+    return last
