@@ -1,0 +1,118 @@
+"""Probes of several starts side by side at each label budget, and the table that shows them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sslmed.evaluation.probes import knn_scores, linear_scores
+from sslmed.evaluation.protocol import Draw, Interval, summarise, verdict
+
+Array = npt.NDArray[Any]
+
+PROBES = {"knn": knn_scores, "linear": linear_scores}
+TITLES = {"auroc": "AUROC", "average_precision": "AP", "balanced_accuracy": "balanced accuracy", "f1": "F1"}
+
+
+@dataclass(frozen=True)
+class Features:
+    """What one start makes of the images: (n, D) of the labelled train images, (m, D) of the test images."""
+
+    train: Array
+    test: Array
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one arm, probe and budget.
+
+    Attributes:
+        patients: Labelled training patients in a draw.
+        draws: How many draws the value is a mean of; 1 where every seed draws the same patients (100 %).
+        draw_sd: Standard deviation over draws; nan for one draw.
+        difference: This arm minus the reference arm, paired by patient; None in the rows of the reference.
+        verdict: What the difference allows one to say; None in the rows of the reference.
+    """
+
+    budget: str
+    probe: str
+    arm: str
+    metric: str
+    value: Interval
+    patients: int
+    draws: int
+    draw_sd: float
+    difference: Interval | None
+    verdict: str | None
+
+
+def compare(
+    features: Mapping[str, Features],
+    train_y: Array,
+    test_y: Array,
+    classes: int,
+    drawn: Sequence[Draw],
+    weights: Array,
+    *,
+    reference: str,
+) -> list[Row]:
+    """Train every probe on every draw for every arm, score the test images, and set each arm against ``reference``.
+
+    Args:
+        train_y: (n,) classes, -1 for images that no draw holds.
+        test_y: (m,) classes in [0, classes).
+        drawn: From ``protocol.draws``, whose rows are positions in ``train_y``.
+        weights: (R, m) from ``protocol.bootstrap_weights``.
+
+    Returns:
+        Budgets in the order of ``drawn``, within them probes, metrics, arms.
+    """
+    rows: list[Row] = []
+    for budget in dict.fromkeys(draw.budget for draw in drawn):
+        members = [draw for draw in drawn if draw.budget == budget]
+        if all(draw.everyone for draw in members):
+            members = members[:1]  # the same patients under every seed, and probes draw nothing themselves
+        for probe, scores_of in PROBES.items():
+            scores = {
+                arm: [scores_of(each.train[draw.rows], train_y[draw.rows], each.test, classes) for draw in members]
+                for arm, each in features.items()
+            }
+            for found in summarise(scores, test_y, weights, reference=reference):
+                said = None if found.difference is None else verdict(found.difference, reference)
+                counts = (members[0].patients, len(members))
+                values = (found.arm, found.metric, found.value, *counts, found.draw_sd, found.difference, said)
+                rows.append(Row(budget.text, probe, *values))
+    return rows
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """All rows as one Markdown table."""
+    lines = [
+        "| budget | patients | draws | probe | metric | arm | value [95 %] | sd of draws | difference | verdict |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        spread = "" if np.isnan(row.draw_sd) else f"{row.draw_sd:.3f}"
+        about = [row.budget, str(row.patients), str(row.draws), row.probe, TITLES[row.metric], row.arm]
+        cells = [*about, text(row.value), spread, text(row.difference, signed=True), row.verdict or ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """The cells in columns as wide as their widest, two spaces apart."""
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
+    return [line.rstrip() for line in lines]
+
+
+def text(value: Interval | None, signed: bool = False) -> str:
+    """``0.912 [0.880, 0.941]``; ``undefined`` for nan, nothing for None."""
+    if value is None:
+        return ""
+    if np.isnan(value.mean):
+        return "undefined"
+    sign = "+" if signed else ""
+    return f"{value.mean:{sign}.3f} [{value.low:{sign}.3f}, {value.high:{sign}.3f}]"
