@@ -1,0 +1,258 @@
+"""``sslmed finetune``: a backbone and a few labels in, a model and its honest score out."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sslmed import artifact
+from sslmed.config import DataError, UsageError
+from sslmed.data import identity, modality
+from sslmed.data.loading import Rows, ViewDataset, plain_loader, steps_per_epoch
+from sslmed.data.modality import Modality
+from sslmed.data.store import Store
+from sslmed.durable import sha256
+from sslmed.evaluation import metrics, predictions, probes, protocol
+from sslmed.heads import HEADS
+from sslmed.heads.head import Head
+from sslmed.models.backbones import Backbone, BackboneConfig, build
+from sslmed.recipe import FinetuneRecipe, diff, dump, load_finetune
+from sslmed.run import Run
+from sslmed.training.early_stopping import EarlyStopping
+from sslmed.training.fit import fit, seed_everything
+from sslmed.training.monitors import Monitor, MonitorConfig
+
+REPLICATES = 1000
+MIXED_KEYS = "mixed"  # no site has this key id, so that "seen in training?" is answered "cannot tell"
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A finished fine-tuning. ``test`` holds (value, low, high) of each metric, 95 % by bootstrap of test patients."""
+
+    run: str
+    artifact: str
+    start: str
+    target: str
+    classes: tuple[str, ...]
+    train_images: int
+    train_patients: int
+    test_images: int
+    test_patients: int
+    best_step: int
+    test: dict[str, tuple[float, float, float]]
+    next: str
+
+    def lines(self) -> list[str]:
+        """For people."""
+        shown = [f"  {name} {value:.3f} [{low:.3f}, {high:.3f}]" for name, (value, low, high) in self.test.items()]
+        return [
+            f"fine-tuned from {self.start} on {self.train_images} images of {self.train_patients} patients, "
+            f"best on val at step {self.best_step}",
+            f"'{self.target}' on {self.test_images} test images of {self.test_patients} patients, with 95 % intervals:",
+            *shown,
+            f"model: {self.artifact}",
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is learnt from which rows, and how images become input."""
+
+    store: Store
+    policy: Modality
+    name: str
+    target: Rows
+    train: Rows
+    val: Rows
+    test: Rows
+    size: int
+    channels: int
+
+    def scores(self, head: Head, rows: Rows) -> probes.Floats:
+        loader = plain_loader(self.store, rows, self.size, self.policy, channels=self.channels)
+        return probes.embed(head, loader).astype(np.float64)
+
+
+def finetune(
+    recipe: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    start: str | Path = "random",
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+) -> FinetuneResult:
+    """Fine-tune a head, and the backbone unless it is frozen, on labelled train patients.
+
+    Val patients decide when to stop; test patients are read once, for the score that is returned.
+
+    Args:
+        recipe: a shipped name, such as ``xray/classification``, or a file.
+        data: the store.
+        out: the run folder.
+        start: a run or artifact, or ``random``.
+        overrides: ``section.key=value`` settings on top of the recipe.
+        resume: go on with an interrupted run; everything else must be as it was.
+
+    Raises:
+        UsageError: a wrong recipe, a backbone in it that is not the artifact's, or a resume that would change anything.
+        DataError: the artifact does not fit the store, or there are too few labels.
+        OutputExistsError: ``out`` is there and ``resume`` is not set.
+        Interrupted: a signal; the checkpoint is saved.
+    """
+    settings = load_finetune(recipe, overrides)
+    store = Store(data)
+    backbone, config, size = _backbone(settings, start, store)
+    task = _task(settings, store, size, config.in_chans)
+    seed_everything(settings.train.seed)
+    classes = store.classes(task.name)
+    head = HEADS[settings.head.name](settings.head, backbone, len(classes))  # type: ignore[attr-defined]
+    train = settings.train.model_copy(update={"batch_size": min(settings.train.batch_size, len(task.train))})
+    dataset = ViewDataset(
+        store, task.policy, (task.policy.view,), size, config.in_chans, settings.train.seed, task.name
+    )
+    with _open(settings, store, start, out, resume) as run:
+        monitor = Monitor(
+            MonitorConfig(knn_every=0, collapse="off"),
+            run,
+            train.batch_size,
+            steps_per_epoch(len(task.train), train.batch_size),
+        )
+        stop = EarlyStopping(settings.stop, run, head.metrics()[0], _val_score(head, task))
+        fit(
+            head,
+            dataset,
+            task.train,
+            train,
+            settings.optim,
+            run,
+            monitor,
+            workers=settings.data.worker_count(),
+            callbacks=[stop],
+        )
+        test = _test(head, task, run)
+        _write(run, settings, head, task, config, start, stop.best_step)
+    return FinetuneResult(
+        str(run.path),
+        str(run.artifact),
+        str(start),
+        task.name,
+        classes,
+        len(task.train),
+        _patients(task, task.train),
+        len(task.test),
+        _patients(task, task.test),
+        stop.best_step,
+        test,
+        f"sslmed predict {run.path} SOURCE --out DIR",
+    )
+
+
+def _backbone(settings: FinetuneRecipe, start: str | Path, store: Store) -> tuple[Backbone, BackboneConfig, int]:
+    if str(start) == "random":
+        if settings.backbone is None:
+            raise UsageError("--from random needs a backbone in the recipe; add backbone.name=resnet18")
+        return build(settings.backbone, settings.data.size, settings.train.seed), settings.backbone, settings.data.size
+    card = artifact.read_card(start)
+    if settings.backbone is not None and settings.backbone.name != card.backbone.name:
+        raise UsageError(
+            f"the recipe names backbone {settings.backbone.name}, but {start} holds {card.backbone.name}; "
+            "remove backbone from the recipe, or use --from random"
+        )
+    artifact.check_fits(card, store.modality, int(store.index.channels.max()))
+    size = settings.data.size if "size" in settings.data.model_fields_set else card.size
+    return Backbone(artifact.load_backbone(start)), card.backbone, size
+
+
+def _task(settings: FinetuneRecipe, store: Store, size: int, channels: int) -> _Task:
+    name = settings.data.target or store.default_target()
+    if name is None:
+        raise DataError(f"the store {store.path} has no labels; ingest it with --labels, or with class folders")
+    target = store.target(name)
+    train, val, test = (rows[target[rows] >= 0] for rows in (store.rows(split) for split in ("train", "val", "test")))
+    (budget,) = protocol.parse(settings.labels.budget)
+    drawn, skipped = protocol.draws(store.patients(train), target[train], [budget], [settings.labels.seed])
+    if skipped:
+        raise DataError(f"labels.budget={settings.labels.budget}: {skipped[0].why}")
+    if not len(test):
+        raise DataError(f"no test patient of {store.path} has a label '{name}'; without them there is no honest score")
+    policy = modality.with_views(modality.named(store.modality), settings.views)
+    return _Task(store, policy, name, target, train[drawn[0].rows], val, test, size, channels)
+
+
+def _val_score(head: Head, task: _Task) -> Any:
+    measure = metrics.METRICS[head.metrics()[0]]
+    if len(np.unique(task.target[task.val])) < 2:
+        raise DataError(
+            f"the val patients of {task.store.path} show fewer than two classes of '{task.name}'; "
+            "early stopping needs both, so give a --split file or more labelled patients"
+        )
+    return lambda: float(measure(task.target[task.val], task.scores(head, task.val)))
+
+
+def _test(head: Head, task: _Task, run: Run) -> dict[str, tuple[float, float, float]]:
+    patients, target, scores = task.store.patients(task.test), task.target[task.test], task.scores(head, task.test)
+    predictions.Predictions(task.test, patients, target, scores, task.store.classes(task.name)).write(run.path)
+    weights = protocol.bootstrap_weights(patients, REPLICATES, seed=0)
+    estimates = protocol.summarise({"model": [scores]}, target, weights)
+    return {each.metric: (each.value.mean, each.value.low, each.value.high) for each in estimates}
+
+
+def _open(settings: FinetuneRecipe, store: Store, start: str | Path, out: str | Path, resume: bool) -> Run:
+    weights = "random" if str(start) == "random" else sha256(artifact.resolve(start) / "model.safetensors")
+    facts = {
+        "seed": settings.train.seed,
+        "data": str(store.path),
+        "data_fingerprint": store.fingerprint,
+        "start": str(start),
+        "start_weights": weights,
+    }
+    if not resume:
+        return Run.start(out, "finetune", dump(settings), facts)
+    run = Run.resume(out, "finetune")
+    run.refuse_changes(diff(load_finetune(run.recipe), settings), facts)
+    return run
+
+
+def _write(
+    run: Run, settings: FinetuneRecipe, head: Head, task: _Task, backbone: BackboneConfig, start: str | Path, steps: int
+) -> None:
+    data = artifact.describe(task.store, task.train)
+    seen = identity.fingerprint(task.store.patients(task.train))
+    parent = None
+    if str(start) != "random":
+        card = artifact.read_card(start)
+        parent = sha256(artifact.resolve(start) / "model.safetensors")
+        seen = np.unique(np.concatenate([seen, artifact.read_fingerprint(start)]), axis=0)
+        if card.data.key_id != data.key_id:
+            data = data.model_copy(update={"key_id": MIXED_KEYS})
+    card = artifact.Card(
+        backbone=backbone,
+        num_features=head.backbone.num_features,
+        size=task.size,
+        modality=task.policy.name,
+        normalisation=artifact.in_words(task.policy),
+        method=settings.head.model_dump(mode="json"),
+        recipe=settings.model_dump(mode="json"),
+        data=data,
+        steps=steps,
+        head=artifact.HeadCard(
+            name=settings.head.name,  # type: ignore[attr-defined]
+            target=task.name,
+            classes=task.store.classes(task.name),
+            config=settings.head.model_dump(mode="json"),
+        ),
+        parent=parent,
+    )
+    artifact.write(run.artifact, head.backbone.network, card, seen, head.head)
+
+
+def _patients(task: _Task, rows: Rows) -> int:
+    return len(np.unique(task.store.patients(rows)))
