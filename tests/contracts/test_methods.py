@@ -38,7 +38,11 @@ def test_the_loss_is_finite_and_reaches_every_parameter(name: str, phantom_store
         assert torch.isfinite(outputs["loss"])
         outputs["loss"].backward()
         optimizer.step()
-    without = {key for key, value in method.named_parameters() if value.requires_grad and (value.grad is None or not value.grad.any())}
+    without = {
+        key
+        for key, value in method.named_parameters()
+        if value.requires_grad and (value.grad is None or not value.grad.any())
+    }
     assert without == set(method.without_gradient)
 
 
