@@ -41,5 +41,5 @@ $(STAMP): pyproject.toml constraints.txt
 	  $$python -m venv --clear .venv; \
 	fi; \
 	echo "installing the tested versions from constraints.txt (about a minute the first time) ..."; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"; \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"; \
 	touch $@

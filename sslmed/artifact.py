@@ -1,11 +1,11 @@
 """The folder that leaves a run: weights under timm's names, a card, a manifest of digests and a self-test.
 
-    model.safetensors        the backbone
-    head.safetensors         the head, for a fine-tuned model
-    card.json  README.md     what it is, for programs and for people
-    fingerprint.safetensors  keyed patient ids that training saw
-    selftest.safetensors     an input and its features
-    MANIFEST.json            sha256 of each file
+model.safetensors        the backbone
+head.safetensors         the head, for a fine-tuned model
+card.json  README.md     what it is, for programs and for people
+fingerprint.safetensors  keyed patient ids that training saw
+selftest.safetensors     an input and its features
+MANIFEST.json            sha256 of each file
 """
 
 import json
@@ -14,7 +14,7 @@ import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import pydantic
@@ -30,7 +30,7 @@ from sslmed.durable import PARTIAL, sha256
 from sslmed.keyed_rng import rng
 from sslmed.models.backbones import BackboneConfig, build
 
-SCHEMA = 1
+SCHEMA: Final = 1
 MANIFEST = "MANIFEST.json"
 SELF_TEST_TOLERANCE = 1e-4  # relative to the largest feature: other CPUs add in another order
 
@@ -97,7 +97,11 @@ class SelfTest:
 
 
 def write(
-    folder: Path, network: nn.Module, card: Card, seen: np.ndarray[Any, np.dtype[np.uint8]], head: nn.Module | None = None
+    folder: Path,
+    network: nn.Module,
+    card: Card,
+    seen: np.ndarray[Any, np.dtype[np.uint8]],
+    head: nn.Module | None = None,
 ) -> None:
     """Write an artifact, whole or not at all, in place of an earlier one of the same run.
 
@@ -112,7 +116,9 @@ def write(
         _save_tensors(partial / "model.safetensors", _state(network))
         if head is not None:
             _save_tensors(partial / "head.safetensors", _state(head))
-        _save_tensors(partial / "fingerprint.safetensors", {"patients": torch.from_numpy(np.array(seen, dtype=np.uint8))})
+        _save_tensors(
+            partial / "fingerprint.safetensors", {"patients": torch.from_numpy(np.array(seen, dtype=np.uint8))}
+        )
         images = _self_test_input(card)
         _save_tensors(partial / "selftest.safetensors", {"input": images, "features": _features(network, images)})
         (partial / "card.json").write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -158,10 +164,12 @@ def read_card(path: Path | str) -> Card:
     folder = resolve(path)
     damaged = damage(folder)
     if damaged:
-        raise DataError(f"the artifact {folder} is damaged: {'; '.join(damaged[:3])}. Get it again, or run `sslmed verify {folder}`.")
+        raise DataError(f"the artifact {folder} is damaged: {'; '.join(damaged[:3])}. Get it again, or make it again.")
     content = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     if content.get("schema_version") != SCHEMA:
-        raise DataError(f"{folder} has card version {content.get('schema_version')}; this sslmed reads version {SCHEMA}")
+        raise DataError(
+            f"{folder} has card version {content.get('schema_version')}; this sslmed reads version {SCHEMA}"
+        )
     try:
         return Card.model_validate(content)
     except pydantic.ValidationError as error:
@@ -228,9 +236,9 @@ def check_fits(card: Card, modality: str, channels: int) -> None:
     """Refuse a store that the artifact was not made for.
 
     Raises:
-        DataError: another modality or number of channels.
+        DataError: another modality, or more channels.
     """
-    if (card.modality, card.backbone.in_chans) != (modality, channels):
+    if card.modality != modality or card.backbone.in_chans < channels:  # grey is repeated for a colour network
         raise DataError(
             f"backbone was trained on {card.backbone.in_chans}-channel {card.modality}; "
             f"the store holds {channels}-channel {modality}"

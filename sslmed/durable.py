@@ -18,8 +18,8 @@ PARTIAL = ".partial"
 def write_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; when the block succeeds it takes the place of ``path``.
 
-    On any failure the temporary file goes and ``path`` stays as it was. The temporary file lies in the same folder because
-    a rename is atomic only within one file system.
+    On any failure the temporary file goes and ``path`` stays as it was. The temporary file lies in the same folder
+    because a rename is atomic only within one file system.
 
     Raises:
         DiskError: disk full, quota, read-only or I/O error.

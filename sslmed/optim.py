@@ -44,7 +44,7 @@ class OptimConfig(Config):
 
 
 def decay_groups(modules: Iterable[nn.Module], weight_decay: float) -> Parameters:
-    """Two parameter groups: weights of two dimensions or more, which decay, and the rest (biases, norm layers), which do not."""
+    """Two parameter groups: weights of two dimensions or more decay; biases and norm layers do not."""
     trainable = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
@@ -61,7 +61,7 @@ def build_optimizer(config: OptimConfig, groups: Parameters, batch_size: int) ->
 
 
 def warmup_cosine(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
-    """The factor on the peak rate as a function of performed optimizer steps: 0 at step 0 when warming up, 1 at the peak."""
+    """The factor on the peak rate as a function of performed optimizer steps: from 0 up to 1, then down the cosine."""
     warmup_steps = round(config.warmup * total_steps)
 
     def factor(step: int) -> float:

@@ -1,6 +1,6 @@
 """The run folder, the same for every command.
 
-    recipe.yaml  run.json  metrics.jsonl  train.log  checkpoints/last.ckpt  artifact/
+recipe.yaml  run.json  metrics.jsonl  train.log  checkpoints/last.ckpt  artifact/
 """
 
 import fcntl
@@ -20,14 +20,22 @@ from typing import Any, Self
 import torch
 
 from sslmed import __version__, console
-from sslmed.config import DataError, Interrupted, MissingInputError, OutputExistsError, SslmedError, TemporaryError, UsageError
+from sslmed.config import (
+    DataError,
+    Interrupted,
+    MissingInputError,
+    OutputExistsError,
+    SslmedError,
+    TemporaryError,
+    UsageError,
+)
 from sslmed.durable import write_atomically, write_json
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "timm", "albumentations", "h5py", "numpy")
 
 
 class Run:
-    """One run folder, locked while this process works in it. Use as a context manager: leaving it records how it ended."""
+    """One run folder, locked while this process works in it. As a context manager it records how the work ended."""
 
     def __init__(self, path: Path, state: dict[str, Any], lock: int) -> None:
         self.path = path
@@ -55,7 +63,12 @@ class Run:
         lock = _lock(path)
         with write_atomically(path / "recipe.yaml") as partial:
             partial.write_text(recipe, encoding="utf-8")
-        state = {"id": uuid.uuid4().hex[:12], "command": command, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}
+        state = {
+            "id": uuid.uuid4().hex[:12],
+            "command": command,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **facts,
+        }
         return cls(path, state, lock)
 
     @classmethod
@@ -113,7 +126,14 @@ class Run:
             lines = [*changes, *others]
             more = [f"and {len(lines) - 3} more"] if len(lines) > 3 else []
             raise UsageError(
-                "\n".join(["--resume cannot change the run:", *lines[:3], *more, "go on as it was, or start a new run with another --out"])
+                "\n".join(
+                    [
+                        "--resume cannot change the run:",
+                        *lines[:3],
+                        *more,
+                        "go on as it was, or start a new run with another --out",
+                    ]
+                )
             )
 
     def log(self, step: int, **values: float | int | str | None) -> None:
@@ -139,7 +159,9 @@ class Run:
     def __enter__(self) -> Self:
         return self._enter("running")
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._state["exit_code"] = _exit_code(error)
         self._enter("done" if error is None else "interrupted" if _interrupted(error) else "failed")
         self.close()
@@ -149,7 +171,12 @@ class Run:
         os.close(self._lock)
 
     def _enter(self, status: str) -> Self:
-        self._state |= {"status": status, "pid": os.getpid(), "versions": versions(), "threads": torch.get_num_threads()}
+        self._state |= {
+            "status": status,
+            "pid": os.getpid(),
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+        }
         self._state["command_line"] = shlex.join(["sslmed", *sys.argv[1:]])
         write_json(self.path / "run.json", self._state)
         return self

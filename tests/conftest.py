@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
@@ -16,6 +17,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from sslmed import torchvision_ops  # noqa: E402
+from sslmed.data.store import Store  # noqa: E402
 
 torchvision_ops.mend()
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -61,3 +63,23 @@ def _guarded_lookup(lookup: Any) -> Any:
 def _refuse_unless_loopback(host: str) -> None:
     if not (_loopback_allowed and host in ("127.0.0.1", "::1", "localhost")):
         raise RuntimeError(f"a test tried to reach {host}: tests open no socket (see tests/conftest.py)")
+
+
+@pytest.fixture(scope="session")
+def phantom_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of synthetic X-rays with labels.csv; two files are broken on purpose. Read it, never change it."""
+    from sslmed.data.phantoms import write_phantoms
+
+    folder = tmp_path_factory.mktemp("phantoms") / "images"
+    write_phantoms(folder, patients=40)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantom_store(phantom_images: Path) -> Store:
+    """Those images as a store. Read it, never change it."""
+    from sslmed.commands.ingest import ingest
+
+    path = phantom_images.parent / "store"
+    ingest(phantom_images, path, modality="xray", labels=phantom_images / "labels.csv")
+    return Store(path)

@@ -1,4 +1,4 @@
-"""Two gloo processes on the CPU, from one forkserver that has the heavy imports done: the first launch takes seconds."""
+"""Two gloo processes on the CPU, from one forkserver with the heavy imports done: only its start takes seconds."""
 
 import io
 import multiprocessing
@@ -28,7 +28,9 @@ def on_two_ranks(function: Callable[..., Any], *args: Any, timeout: float = 120)
     answers = processes.Queue()
     with tempfile.TemporaryDirectory() as folder:
         meeting = str(Path(folder) / "meeting")
-        ranks = [processes.Process(target=_rank, args=(rank, meeting, answers, function, args)) for rank in range(WORLD)]
+        ranks = [
+            processes.Process(target=_rank, args=(rank, meeting, answers, function, args)) for rank in range(WORLD)
+        ]
         for process in ranks:
             process.start()
         try:
@@ -126,7 +128,7 @@ def small_method(name: str, normalise_samples: bool = False) -> Any:
 
 
 def _without_batchnorm(module: torch.nn.Module) -> None:
-    """BatchNorm statistics differ between one process and two, and SyncBatchNorm refuses the CPU; GroupNorm's do not."""
+    """BatchNorm's statistics differ between one process and two; GroupNorm's do not."""
     for name, child in module.named_children():
         if isinstance(child, torch.nn.modules.batchnorm._BatchNorm):
             norm = torch.nn.GroupNorm(1, child.num_features)

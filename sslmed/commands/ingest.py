@@ -74,7 +74,7 @@ class IngestResult:
                 lines += [f"  {count} files: {reason}" for reason, count in reasons.most_common()]
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"warning: {warning}" for warning in self.warnings]
-        return [*lines, f"next: {self.next}"]
+        return lines
 
 
 def ingest(

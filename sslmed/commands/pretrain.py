@@ -110,7 +110,10 @@ def pretrain(
             method, dataset, rows, settings.train, settings.optim, run, monitor, workers=settings.data.worker_count()
         )
         artifact.write(
-            run.artifact, method.exported, _card(settings, store, rows, method, fitted.steps), identity.fingerprint(store.patients(rows))
+            run.artifact,
+            method.exported,
+            _card(settings, store, rows, method, fitted.steps),
+            identity.fingerprint(store.patients(rows)),
         )
     return PretrainResult(
         str(run.path),
@@ -152,10 +155,10 @@ def _assemble(settings: PretrainRecipe, store: Store) -> tuple[Method, ViewDatas
     policy = modality.with_views(modality.named(store.modality), settings.views)
     seed_everything(settings.train.seed)
     backbone = build(settings.backbone, settings.data.size, settings.train.seed)
-    channels = settings.backbone.in_chans
-    if channels < int(store.index.channels.max()):
+    channels, stored = settings.backbone.in_chans, int(store.index.channels.max())
+    if channels < stored:
         raise UsageError(
-            f"backbone.in_chans is {channels}, but the store holds {int(store.index.channels.max())}-channel images; set backbone.in_chans=3"
+            f"backbone.in_chans is {channels}, but the store holds {stored} channels; set backbone.in_chans={stored}"
         )
     method = METHODS[settings.method.name](settings.method, backbone)  # type: ignore[attr-defined]
     views = method.views(policy)
@@ -185,7 +188,8 @@ def _probe(network: nn.Module, settings: PretrainRecipe, store: Store) -> Callab
     def score() -> dict[str, float]:
         size, channels = settings.data.size, settings.backbone.in_chans
         features = [
-            probes.embed(network, plain_loader(store, rows, size, policy, channels=channels)) for rows in (bank, queries)
+            probes.embed(network, plain_loader(store, rows, size, policy, channels=channels))
+            for rows in (bank, queries)
         ]
         scores = probes.knn_scores(features[0], target[bank], features[1], classes)
         return {"knn_val_auroc": float(metrics.auroc(target[queries], scores))}

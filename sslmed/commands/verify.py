@@ -6,7 +6,8 @@ from typing import Any
 
 from sslmed import artifact
 from sslmed.config import DataError, MissingInputError
-from sslmed.data.store import STORE_JSON, Store
+from sslmed.data.store import Store
+from sslmed.data.store_format import STORE_JSON
 from sslmed.training import checkpoint
 
 
@@ -49,7 +50,7 @@ def verify(path: str | Path) -> VerifyResult:
     outcome = artifact.self_test(folder)
     if not outcome.passed:
         raise DataError(
-            f"{folder}: the self-test differs by {outcome.difference:.1e} (allowed {artifact.SELF_TEST_TOLERANCE:.0e}): "
+            f"{folder}: the self-test differs by {outcome.difference:.1e}, allowed {artifact.SELF_TEST_TOLERANCE:.0e}: "
             "these weights or this machine's arithmetic are not what was published"
         )
     parts.append(f"every digest, self-test within {outcome.difference:.1e}")

@@ -1,7 +1,7 @@
 """From the store to batches: which samples a step gets, and their views as tensors.
 
-The whole training is one finite stream of batches, a function of the seed alone. An interrupted run goes on at batch k of the
-same stream, whatever the number of workers; an epoch is a stretch of it, never a restart of the loader.
+The whole training is one finite stream of batches, a function of the seed alone. An interrupted run goes on at batch
+k of the same stream, whatever the number of workers; an epoch is a stretch of it, never a restart of the loader.
 """
 
 import os
@@ -29,7 +29,8 @@ class DataConfig(Config):
 
     Attributes:
         size: side of the square network input, pixels.
-        workers: processes that prepare batches; ``auto`` leaves two cores to the trainer, 0 does the work in its process.
+        workers: processes that prepare batches; ``auto`` leaves two cores to the trainer, 0 does the work in its
+            process.
         target: the label column that probes and heads use; by default the store's first.
     """
 
@@ -70,6 +71,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Sample:
+    """One scan's views before they are stacked."""
+
     views: list[torch.Tensor]
     row: int
     target: int
@@ -80,7 +83,14 @@ class ViewDataset(Dataset[Sample]):
     """Augmented views of store rows, addressed by (epoch, row)."""
 
     def __init__(
-        self, store: Store, modality: Modality, views: Sequence[ViewConfig], size: int, channels: int, seed: int, target: str | None
+        self,
+        store: Store,
+        modality: Modality,
+        views: Sequence[ViewConfig],
+        size: int,
+        channels: int,
+        seed: int,
+        target: str | None,
     ) -> None:
         self.store = store
         self.channels = channels
@@ -114,8 +124,8 @@ class PlainDataset(Dataset[Sample]):
 class StreamSampler(Sampler[list[tuple[int, int]]]):
     """The (epoch, row) pairs of each batch of one training.
 
-    The order of an epoch is a permutation keyed by seed and epoch; what does not fill a step at its end is left out, so all
-    steps and all ranks get equal batches. Ranks take slices of the same global batch.
+    The order of an epoch is a permutation keyed by seed and epoch; what does not fill a step at its end is left out,
+    so all steps and all ranks get equal batches. Ranks take slices of the same global batch.
 
     Args:
         batch_size: samples an optimizer step, over all ranks and accumulated batches.
@@ -137,7 +147,7 @@ class StreamSampler(Sampler[list[tuple[int, int]]]):
     ) -> None:
         if batch_size % (accumulate * world_size):
             raise UsageError(
-                f"train.batch_size is {batch_size}; it must be a multiple of accumulate x processes = {accumulate * world_size}"
+                f"train.batch_size is {batch_size}; allowed: multiples of {accumulate * world_size}, accumulate x processes"
             )
         self.rows, self.steps, self.seed, self.start, self.rank = rows, steps, seed, start, rank
         self.accumulate = accumulate
@@ -166,7 +176,8 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
     """
     if images < batch_size:
         raise UsageError(
-            f"train.batch_size is {batch_size}, but there are {images} training images; give train.batch_size={max(1, images)} or less"
+            f"train.batch_size is {batch_size}, but there are {images} training images; "
+            f"give train.batch_size={max(1, images)} or less"
         )
     return images // batch_size
 
@@ -184,7 +195,9 @@ def plain_loader(
     return DataLoader(dataset, batch_size=batch_size, collate_fn=Collate(0), **_worker_options(workers))
 
 
-def network_input(pixels: Pixels, low: float, high: float, modality: Modality, size: int, channels: int) -> torch.Tensor:
+def network_input(
+    pixels: Pixels, low: float, high: float, modality: Modality, size: int, channels: int
+) -> torch.Tensor:
     """The tensor (C, size, size) of a whole image: letterboxed, then normalised."""
     return _tensor(modality.normalise(letterbox(pixels, size, low), low, high), channels)
 

@@ -97,7 +97,7 @@ class Augment:
 
 
 def letterbox(pixels: Pixels, size: int, fill: float) -> Pixels:
-    """The whole image inside a square of ``size`` pixels: aspect kept, nothing cut off, the rest ``fill``. No randomness."""
+    """The whole image inside a square of ``size`` pixels: aspect kept, nothing cut off, the rest ``fill``."""
     cv2 = _cv2()
     height, width = pixels.shape[:2]
     scale = size / max(height, width)
@@ -111,7 +111,7 @@ def letterbox(pixels: Pixels, size: int, fill: float) -> Pixels:
 
 
 def shrink(pixels: Pixels, size: int) -> Pixels:
-    """The image with its shorter side at most ``size`` pixels, by area averaging; smaller images are returned as they are."""
+    """The image with its shorter side at most ``size`` pixels, by area averaging; a smaller one as it is."""
     height, width = pixels.shape[:2]
     scale = size / min(height, width)
     if scale >= 1:

@@ -4,7 +4,7 @@ from sslmed import torchvision_ops
 
 torchvision_ops.mend()
 
-from sslmed.heads.classification import Classification  # noqa: E402
-from sslmed.heads.head import Head  # noqa: E402
+from sslmed.heads.classification import Classification
+from sslmed.heads.head import Head
 
 HEADS: dict[str, type[Head]] = {"classification": Classification}

@@ -23,7 +23,7 @@ class ClassificationConfig(config.Config):
 
 
 class Classification(Head):
-    """Softmax cross-entropy. The layer starts at zero: equal probabilities, and a first gradient that features alone decide."""
+    """Softmax cross-entropy. The layer starts at zero, which is equal probabilities for every class."""
 
     Config = ClassificationConfig
     config: ClassificationConfig
@@ -37,14 +37,16 @@ class Classification(Head):
 
     def loss(self, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Cross-entropy, in fp32 or better under autocast."""
-        logits = self.head(features)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
+        return F.cross_entropy(self._logits(features), target)
 
     def predict(self, features: torch.Tensor) -> torch.Tensor:
         """Softmax probabilities."""
-        logits = self.head(features)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)
+        return self._logits(features).softmax(dim=1)
 
     def metrics(self) -> tuple[str, ...]:
         """AUROC decides early stopping: it needs no threshold."""
         return "auroc", "average_precision", "balanced_accuracy", "f1"
+
+    def _logits(self, features: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(features)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))

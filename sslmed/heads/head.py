@@ -16,8 +16,8 @@ from sslmed.optim import OptimConfig, Parameters, build_optimizer, decay_groups,
 class Head(pl.LightningModule, ABC):
     """A supervised task on a backbone.
 
-    A subclass is one file: a ``Config`` with a ``name`` and ``train_backbone``, what it ``needs`` of the backbone, ``loss``,
-    ``predict`` and ``metrics``. It sets ``self.head``, the module that is saved beside the backbone.
+    A subclass is one file: a ``Config`` with a ``name`` and ``train_backbone``, what it ``needs`` of the backbone,
+    ``loss``, ``predict`` and ``metrics``. It sets ``self.head``, the module that is saved beside the backbone.
 
     Attributes:
         needs: ``pooled`` features (N, D).
@@ -50,13 +50,12 @@ class Head(pl.LightningModule, ABC):
         """Parameter groups for the optimizer: head and backbone, or the head alone."""
         return decay_groups([self.backbone, self.head] if self.config.train_backbone else [self.head], weight_decay)
 
-    @final
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Probabilities (N, classes) of images (N, C, H, W)."""
         return self.predict(self._features(images))
 
     @final
-    def prepare(self, optim: OptimConfig, batch_size: int, total_steps: int, steps_per_epoch: int) -> None:  # noqa: ARG002
+    def prepare(self, optim: OptimConfig, batch_size: int, total_steps: int, steps_per_epoch: int) -> None:
         """Set what the optimizer and the schedule need; called once before training."""
         self._optim, self._batch_size, self._total_steps = optim, batch_size, total_steps
 
@@ -69,20 +68,19 @@ class Head(pl.LightningModule, ABC):
         return self
 
     @final
-    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:  # noqa: ARG002, D102
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         loss = self.loss(self._features(batch.views[0]), batch.target)
         self.monitored = {"loss": loss.detach()}
         return loss
 
     @final
-    def configure_optimizers(self) -> Any:  # noqa: D102
+    def configure_optimizers(self) -> Any:
         groups = self.parameter_groups(self._optim.weight_decay)
         optimizer = build_optimizer(self._optim, groups, self._batch_size)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(self._optim, self._total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
-        if self.config.train_backbone:
-            return self.backbone(images)
-        with torch.no_grad():
-            return self.backbone(images)
+        with torch.set_grad_enabled(self.config.train_backbone and torch.is_grad_enabled()):
+            features: torch.Tensor = self.backbone(images)
+        return features

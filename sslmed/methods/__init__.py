@@ -4,7 +4,7 @@ from sslmed import torchvision_ops
 
 torchvision_ops.mend()
 
-from sslmed.methods.method import Method  # noqa: E402
-from sslmed.methods.simclr import SimCLR  # noqa: E402
+from sslmed.methods.method import Method
+from sslmed.methods.simclr import SimCLR
 
 METHODS: dict[str, type[Method]] = {"simclr": SimCLR}

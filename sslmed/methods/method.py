@@ -27,7 +27,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Overfit:
-    """How a contract test sees that the method learns 8 fixed scans: ``metric`` of ``loss`` crosses ``bound`` within ``steps``."""
+    """How the contract test sees that 8 fixed scans are learnt: in ``steps`` the loss falls to ``ratio``."""
 
     steps: int
     ratio: float
@@ -36,9 +36,9 @@ class Overfit:
 class Method(pl.LightningModule, ABC):
     """A pretext task.
 
-    A subclass is one file: a ``Config`` with a ``name``, ``views``, ``loss``, and whatever modules it needs. It is built from its
-    config and a backbone and never sees the trainer, the store or the world size. It randomises only through
-    ``sslmed.keyed_rng`` with the batch's seed, epoch and ids.
+    A subclass is one file: a ``Config`` with a ``name``, ``views``, ``loss``, and whatever modules it needs. It is
+    built from its config and a backbone and never sees the trainer, the store or the world size. It randomises only
+    through ``sslmed.keyed_rng`` with the batch's seed, epoch and ids.
     """
 
     Config: ClassVar[type[Config]]
@@ -57,7 +57,7 @@ class Method(pl.LightningModule, ABC):
 
     @abstractmethod
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """``loss`` (a scalar with gradient), ``embeddings`` (N, D) that must not collapse, and any scalars worth logging."""
+        """``loss``, a scalar with gradient; ``embeddings`` (N, D) that must not collapse; any scalars worth logging."""
 
     def after_step(self, progress: Progress) -> None:
         """Called once after every performed optimizer step: momentum encoders, queues, temperatures."""
@@ -78,20 +78,20 @@ class Method(pl.LightningModule, ABC):
         self._total_steps, self._steps_per_epoch = total_steps, steps_per_epoch
 
     @final
-    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:  # noqa: D102
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         outputs = self.loss(batch)
         self.monitored = {name: value.detach() for name, value in outputs.items()}
         return outputs["loss"]
 
     @final
-    def configure_optimizers(self) -> Any:  # noqa: D102
+    def configure_optimizers(self) -> Any:
         groups = self.parameter_groups(self._optim.weight_decay)
         optimizer = build_optimizer(self._optim, groups, self._batch_size)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(self._optim, self._total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @final
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         step = self.trainer.global_step  # counts this step already
         self.after_step(Progress(step, self._total_steps, step // self._steps_per_epoch))

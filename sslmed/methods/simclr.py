@@ -1,5 +1,6 @@
 """SimCLR: a simple framework for contrastive learning (Chen et al., arXiv 2002.05709; version 2, arXiv 2006.10029)."""
 
+import itertools
 from typing import Annotated, Literal
 
 import torch
@@ -19,12 +20,13 @@ class SimCLRConfig(config.Config):
     """The knobs of SimCLR.
 
     Attributes:
-        temperature: of the softmax. The paper's best is 0.1 for ImageNet at batch 4096, and 0.5 for CIFAR-10 (reference README);
-            MoCo-CXR (arXiv 2010.05352) uses 0.2 on chest X-rays.
+        temperature: of the softmax. The paper's best is 0.1 for ImageNet at batch 4096, and 0.5 for CIFAR-10
+            (reference README); MoCo-CXR (arXiv 2010.05352) uses 0.2 on chest X-rays.
         head_layers: linear layers of the projection head; 2 in version 1, 3 in version 2.
         hidden: width between them; 2048 is ResNet-50's feature width.
         out: width of the projection.
-        pool_batchnorm: normalise both views together, as the reference does (its global BatchNorm sees the concatenated views).
+        pool_batchnorm: normalise both views together, as the reference does (its global BatchNorm sees the
+            concatenated views).
     """
 
     name: Literal["simclr"] = "simclr"
@@ -64,7 +66,8 @@ class SimCLR(Method):
 def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
     """The normalised temperature-scaled cross-entropy (arXiv 2002.05709, equation 1), mean over all 2N views.
 
-    Negatives come from every process; positives are row i of the two (N, D) inputs. The reference code returns twice this.
+    Negatives come from every process; positives are row i of the two (N, D) inputs. The reference code returns twice
+    this.
     """
     precision = torch.promote_types(first.dtype, torch.float32)  # exp(1 / temperature) overflows half precision
     with torch.autocast(first.device.type, enabled=False):
@@ -85,7 +88,7 @@ def projection_head(features: int, hidden: int, out: int, layers: int) -> nn.Seq
     """
     widths = [features, *[hidden] * (layers - 1), out]
     modules: list[nn.Module] = []
-    for number, (before, after) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+    for number, (before, after) in enumerate(itertools.pairwise(widths), start=1):
         linear = nn.Linear(before, after, bias=False)
         nn.init.normal_(linear.weight, std=0.01)
         norm = nn.BatchNorm1d(after)

@@ -51,7 +51,9 @@ def build(config: BackboneConfig, size: int, seed: int) -> Backbone:
     """
     if not timm.is_model(config.name):
         near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "; `python -c 'import timm; print(timm.list_models())'`"
+        hint = (
+            f"; did you mean {' or '.join(near)}?" if near else "; `python -c 'import timm; print(timm.list_models())'`"
+        )
         raise UsageError(f"timm has no model named '{config.name}'{hint}")
     create = functools.partial(
         timm.create_model, config.name, pretrained=False, in_chans=config.in_chans, num_classes=0

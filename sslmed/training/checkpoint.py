@@ -1,7 +1,7 @@
 """Checkpoints that survive, and a resume that repeats to the last bit.
 
-Lightning's own writer moves a file from $TMPDIR over the good checkpoint; on a full disk both are lost (measured). This one
-writes beside the target, checks what it wrote and renames. A checkpoint holds tensors and primitives only.
+Lightning's own writer moves a file from $TMPDIR over the good checkpoint; on a full disk both are lost (measured).
+This one writes beside the target, checks what it wrote and renames. A checkpoint holds tensors and primitives only.
 """
 
 import zipfile
@@ -23,7 +23,7 @@ STATE = "sslmed"  # our entry in Lightning's checkpoint
 class DurableCheckpointIO(CheckpointIO):
     """How Lightning's checkpoint dictionary gets to disk and back."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:  # noqa: D102
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         with write_atomically(path) as partial:
             try:
@@ -32,12 +32,14 @@ class DurableCheckpointIO(CheckpointIO):
                 raise DiskError(f"cannot write {path}: {error}. The earlier checkpoint is untouched.") from error
             with zipfile.ZipFile(partial) as archive:
                 if archive.testzip() is not None:
-                    raise DiskError(f"{path} reads back differently from what was written; the earlier one is untouched")
+                    raise DiskError(
+                        f"{path} reads back differently from what was written; the earlier one is untouched"
+                    )
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:  # noqa: ARG002, D102
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         return load(Path(path))
 
-    def remove_checkpoint(self, path: Any) -> None:  # noqa: D102
+    def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
 
 
@@ -53,7 +55,9 @@ def load(path: Path) -> dict[str, Any]:
                 raise DataError(f"the checkpoint {path} is damaged in {damaged}; delete it to start again")
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise DataError(f"the checkpoint {path} is damaged ({type(error).__name__}); delete it to start again") from error
+        raise DataError(
+            f"the checkpoint {path} is damaged ({type(error).__name__}); delete it to start again"
+        ) from error
     if STATE not in checkpoint:
         raise DataError(f"{path} was not written by sslmed")
     return checkpoint
@@ -80,22 +84,33 @@ class Checkpointer(pl.Callback):
         self.signals = SignalWatch()
         self._random_state: torch.Tensor | None = None
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002, D102
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.signals.install()  # after Lightning's own handlers; Lightning puts back the earlier ones when it is done
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002, D102
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         checkpoint[STATE] = {"step": trainer.global_step, "rng": torch.get_rng_state()}
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002, D102
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self._random_state = checkpoint[STATE]["rng"]
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002, D102
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self._random_state is not None:  # only now: making the loader's iterator draws from the same state
             torch.set_rng_state(self._random_state)
             self._random_state = None
 
-    def on_train_batch_end(  # noqa: D102
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int  # noqa: ARG002
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return

@@ -25,15 +25,20 @@ class StopConfig(Config):
 
 
 class EarlyStopping(pl.Callback):
-    """Calls ``score`` every ``check_every`` steps and at the end; its state, weights included, is part of the checkpoint."""
+    """Calls ``score`` every ``check_every`` steps and at the end. Its state, best weights included, is checkpointed."""
 
     def __init__(self, config: StopConfig, run: Run, name: str, score: Callable[[], float]) -> None:
         self.config, self.run, self.name, self.score = config, run, name, score
         self.best, self.best_step, self.worse = -math.inf, 0, 0
         self.weights: dict[str, torch.Tensor] = {}
 
-    def on_train_batch_end(  # noqa: D102
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int  # noqa: ARG002
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         step = trainer.global_step
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
@@ -50,13 +55,13 @@ class EarlyStopping(pl.Callback):
         if self.config.patience and self.worse >= self.config.patience:
             trainer.should_stop = True
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002, D102
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.weights:
             pl_module.load_state_dict(self.weights)
 
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+    def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "best_step": self.best_step, "worse": self.worse, "weights": self.weights}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.best_step, self.worse = state["best"], state["best_step"], state["worse"]
         self.weights = state["weights"]

@@ -57,7 +57,7 @@ def fit(
     done = steps_done(run.checkpoint)
     run.rewind(done)
     module.prepare(optim, train.batch_size, total, steps_per_epoch(len(rows), train.batch_size))
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module.to(memory_format=torch.channels_last)
     sampler = StreamSampler(
         rows,
         train.batch_size,
@@ -72,7 +72,12 @@ def fit(
     trainer = build_trainer(train, total, [monitor, *callbacks, keeper])
     started = time.monotonic()
     if done < total:
-        trainer.fit(module, stream_loader(dataset, sampler, workers), ckpt_path=run.checkpoint if done else None, weights_only=True)
+        trainer.fit(
+            module,
+            stream_loader(dataset, sampler, workers),
+            ckpt_path=run.checkpoint if done else None,
+            weights_only=True,
+        )
     else:
         module.load_state_dict(load(run.checkpoint)["state_dict"])
     return Fitted(total, time.monotonic() - started)

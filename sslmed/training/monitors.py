@@ -57,11 +57,16 @@ class Monitor(pl.Callback):
         self._speed = _Speed()
         self._scores: dict[str, float] = {}
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002, D102
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._speed.restart(trainer.global_step)
 
-    def on_train_batch_end(  # noqa: D102
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int  # noqa: ARG002
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         self._loss = pl_module.monitored["loss"]
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
@@ -70,8 +75,12 @@ class Monitor(pl.Callback):
         step, total = trainer.global_step, int(trainer.max_steps)
         if step % self.config.log_every == 0 or step == total:
             self._log(step, total, trainer.optimizers[0].param_groups[0]["lr"], pl_module.monitored)
-        if self.probe and self.config.knn_every and (step % (self.config.knn_every * self.epoch_steps) == 0 or step == total):
-            self._run_probe(step)
+        if (
+            self.probe
+            and self.config.knn_every
+            and (step % (self.config.knn_every * self.epoch_steps) == 0 or step == total)
+        ):
+            self._run_probe(step, self.probe)
 
     def check_finite(self) -> None:
         """Raise when the last loss is not a number.
@@ -91,7 +100,13 @@ class Monitor(pl.Callback):
         rate, left = self._speed.measure(step, total)
         health = self._health()
         self.run.log(
-            step, epoch=step / self.epoch_steps, lr=lr, images_per_second=rate * self.images, seconds_left=left, **scalars, **health
+            step,
+            epoch=step / self.epoch_steps,
+            lr=lr,
+            images_per_second=rate * self.images,
+            seconds_left=left,
+            **scalars,
+            **health,
         )
         if self._speed.due(step == total):
             parts = [f"step {step}/{total}", f"epoch {step / self.epoch_steps:.1f}", f"loss {scalars['loss']:.4f}"]
@@ -123,17 +138,16 @@ class Monitor(pl.Callback):
             return
         message = (
             f"the embeddings have collapsed: their standard deviation is {std:.2g} since step {self._collapsed_since}, "
-            f"where {healthy:.2g} is healthy. All images look alike to the network: lower optim.lr, lengthen optim.warmup, "
-            "raise train.batch_size, or strengthen the views."
+            f"where {healthy:.2g} is healthy. All images look alike to the network: lower optim.lr, "
+            "lengthen optim.warmup, raise train.batch_size, or strengthen the views."
         )
         if self.config.collapse == "stop":
             raise TrainingAborted(message + " (monitor.collapse=warn goes on.)")
         self.run.say(f"warning: {message}")
         self._collapsed_since = step
 
-    def _run_probe(self, step: int) -> None:
-        assert self.probe is not None
-        scores = self.probe()
+    def _run_probe(self, step: int, probe: Callable[[], dict[str, float]]) -> None:
+        scores = probe()
         self.run.log(step, epoch=step / self.epoch_steps, **scores)
         self.run.say(f"step {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         self._speed.restart(step)  # the probe's time is not training time
@@ -148,9 +162,10 @@ def embedding_std(embeddings: torch.Tensor) -> float:
 
 
 def rankme(embeddings: torch.Tensor) -> float:
-    """The effective rank of embeddings (N, D): exp of the entropy of the singular values (RankMe, arXiv 2210.02885, eq. 1).
+    """The effective rank of embeddings (N, D), from 1 (collapsed) to min(N, D): RankMe, arXiv 2210.02885, equation 1.
 
-    1 for collapsed, at most min(N, D). The epsilon is the paper's 1e-7; a larger one makes a collapsed matrix look richer.
+    The exponential of the entropy of the singular values' shares. A larger epsilon than the paper's 1e-7 would make a
+    collapsed matrix look richer.
     """
     values = torch.linalg.svdvals(embeddings.detach().float())
     share = values / values.sum().clamp_min(1e-12) + 1e-7

@@ -15,7 +15,7 @@ class SignalWatch:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._remember)
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+    def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.received is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)

@@ -21,7 +21,8 @@ class TrainConfig(Config):
     """How long and on what.
 
     Attributes:
-        epochs: passes over the data; ``max_steps`` counts optimizer steps instead. Give one of them; default 100 epochs.
+        epochs: passes over the data; ``max_steps`` counts optimizer steps instead. Give one of them; default 100
+            epochs.
         batch_size: samples an optimizer step, over all processes and accumulated batches.
         accumulate: parts in which a step's batch is computed, to save memory.
         precision: ``32``; ``bf16``, mixed; ``auto``, bf16 where the hardware multiplies it (a GPU, or a CPU with AMX).
@@ -98,5 +99,5 @@ def silence() -> None:
 
 def _has_fast_bf16() -> bool:
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))

@@ -266,7 +266,6 @@ def test_the_report_lists_every_file_and_why(source: Path, tmp_path: Path) -> No
     assert f"--data {tmp_path / 'store'}" in result.next
     text = "\n".join(result.lines())
     assert "images/broken.png: is empty" in text
-    assert text.endswith(f"next: {result.next}")
 
 
 BAD = {
