@@ -147,7 +147,8 @@ class StreamSampler(Sampler[list[tuple[int, int]]]):
     ) -> None:
         if batch_size % (accumulate * world_size):
             raise UsageError(
-                f"train.batch_size is {batch_size}; allowed: multiples of {accumulate * world_size}, accumulate x processes"
+                f"train.batch_size is {batch_size}; allowed: multiples of accumulate x processes, "
+                f"{accumulate * world_size}"
             )
         self.rows, self.steps, self.seed, self.start, self.rank = rows, steps, seed, start, rank
         self.accumulate = accumulate

@@ -4,6 +4,7 @@ Lightning's own writer moves a file from $TMPDIR over the good checkpoint; on a 
 This one writes beside the target, checks what it wrote and renames. A checkpoint holds tensors and primitives only.
 """
 
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,12 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import CheckpointIO
 
-from sslmed.config import DataError, DiskError, Interrupted
+from sslmed.config import DataError, DiskError, Interrupted, TrainingAborted
 from sslmed.durable import PARTIAL, write_atomically
 from sslmed.training.signals import SignalWatch
 
 STATE = "sslmed"  # our entry in Lightning's checkpoint
+START_AGAIN = "delete it to start again"
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -30,11 +32,8 @@ class DurableCheckpointIO(CheckpointIO):
                 torch.save(checkpoint, partial)
             except RuntimeError as error:  # torch hides a full disk behind "unexpected pos"
                 raise DiskError(f"cannot write {path}: {error}. The earlier checkpoint is untouched.") from error
-            with zipfile.ZipFile(partial) as archive:
-                if archive.testzip() is not None:
-                    raise DiskError(
-                        f"{path} reads back differently from what was written; the earlier one is untouched"
-                    )
+            if not _whole(partial):
+                raise DiskError(f"{path} reads back differently from what was written; the earlier one is untouched")
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         return load(Path(path))
@@ -50,17 +49,23 @@ def load(path: Path) -> dict[str, Any]:
         DataError: the file is damaged or not a checkpoint of sslmed.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise DataError(f"the checkpoint {path} is damaged in {damaged}; delete it to start again")
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise DataError(
-            f"the checkpoint {path} is damaged ({type(error).__name__}); delete it to start again"
-        ) from error
-    if STATE not in checkpoint:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if _whole(path) else None
+    except Exception as error:  # a file that is no checkpoint may make torch raise anything
+        raise DataError(f"the checkpoint {path} cannot be read ({type(error).__name__}); {START_AGAIN}") from error
+    if checkpoint is None:
+        raise DataError(f"the checkpoint {path} is damaged; {START_AGAIN}")
+    if not isinstance(checkpoint, dict) or STATE not in checkpoint:
         raise DataError(f"{path} was not written by sslmed")
     return checkpoint
+
+
+def _whole(path: Path) -> bool:
+    """Whether every member of the archive has the content that its checksum is of."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, struct.error):
+        return False
 
 
 def steps_done(path: Path) -> int:
@@ -126,4 +131,10 @@ class Checkpointer(pl.Callback):
 
     def _save(self, trainer: pl.Trainer) -> None:
         self.healthy()
+        # a finite loss can have an infinite gradient
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in trainer.lightning_module.parameters()):
+            raise TrainingAborted(
+                f"the weights are no longer finite at step {trainer.global_step}; the last checkpoint is from before. "
+                "Lower optim.lr or lengthen optim.warmup, then start a new run."
+            )
         trainer.save_checkpoint(self.path)

@@ -32,6 +32,9 @@ class EarlyStopping(pl.Callback):
         self.best, self.best_step, self.worse = -math.inf, 0, 0
         self.weights: dict[str, torch.Tensor] = {}
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_if_due(trainer)  # killed between the check that ended training and the end
+
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -52,8 +55,7 @@ class EarlyStopping(pl.Callback):
             self.weights = {name: tensor.detach().cpu().clone() for name, tensor in pl_module.state_dict().items()}
         else:
             self.worse += 1
-        if self.config.patience and self.worse >= self.config.patience:
-            trainer.should_stop = True
+        self._stop_if_due(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.weights:
@@ -65,3 +67,7 @@ class EarlyStopping(pl.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.best_step, self.worse = state["best"], state["best_step"], state["worse"]
         self.weights = state["weights"]
+
+    def _stop_if_due(self, trainer: pl.Trainer) -> None:
+        if self.config.patience and self.worse >= self.config.patience:
+            trainer.should_stop = True

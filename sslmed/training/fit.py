@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -79,5 +79,14 @@ def fit(
             weights_only=True,
         )
     else:
-        module.load_state_dict(load(run.checkpoint)["state_dict"])
+        _finish(trainer, module, load(run.checkpoint))
     return Fitted(total, time.monotonic() - started)
+
+
+def _finish(trainer: pl.Trainer, module: "Method | Head", checkpoint: dict[str, Any]) -> None:
+    """What the end of a training does, for one that was killed after its last step."""
+    module.load_state_dict(checkpoint["state_dict"])
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if callback.state_key in checkpoint["callbacks"]:
+            callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+        callback.on_train_end(trainer, module)

@@ -3,9 +3,11 @@
 import signal
 from types import FrameType
 
+from sslmed.config import Interrupted
+
 
 class SignalWatch:
-    """Remembers the first SIGINT or SIGTERM; a second Ctrl-C stops at once."""
+    """Remembers the first SIGINT or SIGTERM; a Ctrl-C after it stops at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -16,6 +18,6 @@ class SignalWatch:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.received is signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        if self.received and number == signal.SIGINT:  # not KeyboardInterrupt: Lightning would end the process with 1
+            raise Interrupted("stopped at once by a second Ctrl-C; --resume goes on from the last checkpoint", number)
+        self.received = self.received or signal.Signals(number)
