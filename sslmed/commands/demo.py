@@ -15,7 +15,7 @@ from sslmed.evaluation.protocol import Estimate, Interval
 PATIENTS = 180
 LABELS = "k=15"  # patients of each of the two classes: 30 labelled patients
 BACKBONE = ("backbone.name=resnet10t", "data.size=64", "data.workers=0")
-PRETRAIN = (*BACKBONE, "train.epochs=10", "train.batch_size=64", "monitor.knn_every=5")
+PRETRAIN = (*BACKBONE, "train.max_steps=220", "train.batch_size=32", "monitor.knn_every=5")
 FINETUNE = (
     "train.max_steps=60",
     "train.batch_size=16",

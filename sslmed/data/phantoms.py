@@ -2,7 +2,7 @@
 
 A picture is the negative logarithm of a projection: the attenuation of a body outline, two lungs, heart, spine, ribs,
 clavicles and vessels adds up, then exposure, blur and noise follow. The anatomy belongs to the patient, pose and
-exposure to the image. The lesion class "nodule" has one or two faint round shadows inside a lung, 7 to 10 % of the
+exposure to the image. The lesion class "nodule" has one or two faint round shadows inside a lung, 10 to 16 % of the
 width across.
 """
 
@@ -21,8 +21,8 @@ from sslmed.keyed_rng import rng
 
 CLASSES = ("clear", "nodule")
 _SIZES = ((96, 96), (112, 104), (128, 112), (128, 128), (144, 160), (160, 136))  # rows, columns
-_NODULE_RADIUS = (0.07, 0.10)  # half widths of the picture: 7 to 10 % of the width across
-_NODULE_DENSITY = (0.30, 0.45)  # a rib has 0.10 to 0.18, the noise 0.006 to 0.02
+_NODULE_RADIUS = (0.10, 0.16)  # half widths of the picture: 10 to 16 % of the width across
+_NODULE_DENSITY = (0.40, 0.60)  # a rib has 0.10 to 0.18, the noise 0.006 to 0.02
 _BLANK_SHARE = 0.25  # of the patients, without a label: pretraining is for them
 
 Plane = npt.NDArray[np.float32]
