@@ -33,6 +33,7 @@ class Cells:
     def __init__(self, folder: Path, command: str) -> None:
         self.folder = folder
         self.command = command
+        self.commit = commit()  # of the code that this process has loaded, whatever happens to the files meanwhile
         folder.mkdir(parents=True, exist_ok=True)
 
     def run(self, name: str, compute: Callable[[], dict[str, Any]], **settings: Any) -> dict[str, Any]:
@@ -68,7 +69,7 @@ class Cells:
 
     def _circumstances(self) -> dict[str, Any]:
         return {
-            "commit": commit(),
+            "commit": self.commit,
             "command": self.command,
             "device": device(),
             "threads": torch.get_num_threads(),
