@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import shlex
-import signal
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -29,6 +28,7 @@ from sslmed.data.readers import read
 from sslmed.data.store_format import LabelColumn, MetaColumn
 from sslmed.data.store_writer import SHARD_BYTES, StoreWriter, disk_errors, refuse_existing
 from sslmed.data.views import shrink
+from sslmed.data.workers import follow
 from sslmed.durable import write_atomically
 
 _SMALLEST = 16  # pixels of the shorter side
@@ -217,7 +217,7 @@ def _loaded(load: _Load, entries: Sequence[Entry], workers: int) -> Iterator[tup
             yield entry, load(entry.path)
         return
     # Not fork: the parent has threads (BLAS, progress bar) whose locks a forked child would inherit held.
-    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver"), initializer=_leave_interrupts) as pool:
+    with ProcessPoolExecutor(workers, get_context("forkserver"), initializer=follow, initargs=(os.getpid(),)) as pool:
         batches = (entries[start : start + _BATCH] for start in range(0, len(entries), _BATCH))
         tasks = ((batch, pool.submit(load.many, [entry.path for entry in batch])) for batch in batches)
         waiting: deque[tuple[Sequence[Entry], Future[list[_Image | str]]]] = deque(islice(tasks, 2 * workers))
@@ -233,10 +233,6 @@ def _loaded(load: _Load, entries: Sequence[Entry], workers: int) -> Iterator[tup
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _leave_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone answers it
 
 
 def _all_bad(source: Path, found: Catalogue) -> str:

@@ -4,6 +4,7 @@ The whole training is one finite stream of batches, a function of the seed alone
 k of the same stream, whatever the number of workers; an epoch is a stretch of it, never a restart of the loader.
 """
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from sslmed.config import Config, UsageError
 from sslmed.data.modality import Modality
 from sslmed.data.store import Store
 from sslmed.data.views import Augment, Pixels, ViewConfig, letterbox
+from sslmed.data.workers import follow
 from sslmed.keyed_rng import rng
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
@@ -226,5 +228,8 @@ def _tensor(view: Pixels, channels: int) -> torch.Tensor:
 
 
 def _worker_options(workers: int) -> dict[str, Any]:
+    if not workers:
+        return {"num_workers": 0}
     # not fork: a child forked after torch or OpenCV started threads can hang
-    return {"num_workers": workers, "multiprocessing_context": "forkserver" if workers else None}
+    start = functools.partial(follow, os.getpid())
+    return {"num_workers": workers, "multiprocessing_context": "forkserver", "worker_init_fn": start}

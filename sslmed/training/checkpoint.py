@@ -60,10 +60,13 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _whole(path: Path) -> bool:
-    """Whether every member of the archive has the content that its checksum is of."""
+    """Whether every member of the archive has the content that its checksum is of.
+
+    No checksum covers the attributes; a member that a flipped bit makes a folder would be read as uninitialised memory.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
+            return archive.testzip() is None and not any(member.external_attr for member in archive.infolist())
     except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, struct.error):
         return False
 
@@ -78,7 +81,8 @@ def steps_done(path: Path) -> int:
 class Checkpointer(pl.Callback):
     """Saves every ``every`` optimizer steps, at the end, and when a signal asks for the end.
 
-    It also carries torch's random state, which only dropout-like layers use, over the gap.
+    It also carries torch's random state, which only dropout-like layers use, over the gap. Train inside a ``with``
+    block of its ``signals``.
     """
 
     def __init__(self, path: Path, every: int, healthy: Callable[[], None]) -> None:
@@ -89,8 +93,13 @@ class Checkpointer(pl.Callback):
         self.signals = SignalWatch()
         self._random_state: torch.Tensor | None = None
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.signals.install()  # after Lightning's own handlers; Lightning puts back the earlier ones when it is done
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.signals.install()  # Lightning has just taken SIGTERM, and would end without a checkpoint and with code 0
+        if self.signals.received:
+            raise Interrupted(
+                f"stopped by {self.signals.received.name} before the first step. Go on with --resume.",
+                self.signals.received,
+            )
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -58,6 +58,7 @@ def fit(
     run.rewind(done)
     module.prepare(optim, train.batch_size, total, steps_per_epoch(len(rows), train.batch_size))
     module.to(memory_format=torch.channels_last)
+    module.train()  # Lightning leaves modes as they are, and a loaded backbone comes in evaluation mode
     sampler = StreamSampler(
         rows,
         train.batch_size,
@@ -72,12 +73,9 @@ def fit(
     trainer = build_trainer(train, total, [monitor, *callbacks, keeper])
     started = time.monotonic()
     if done < total:
-        trainer.fit(
-            module,
-            stream_loader(dataset, sampler, workers),
-            ckpt_path=run.checkpoint if done else None,
-            weights_only=True,
-        )
+        loader = stream_loader(dataset, sampler, workers)
+        with keeper.signals:
+            trainer.fit(module, loader, ckpt_path=run.checkpoint if done else None, weights_only=True)
     else:
         _finish(trainer, module, load(run.checkpoint))
     return Fitted(total, time.monotonic() - started)

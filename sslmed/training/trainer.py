@@ -46,6 +46,14 @@ class TrainConfig(Config):
             raise ValueError(f"epochs is {self.epochs} and max_steps is {self.max_steps}; give one of them")
         return self
 
+    @model_validator(mode="after")
+    def _equal_parts(self) -> Self:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size is {self.batch_size} with accumulate {self.accumulate}; give a multiple of it"
+            )
+        return self
+
     def total_steps(self, images: int) -> int:
         """Optimizer steps of a training on ``images`` images."""
         each = steps_per_epoch(images, self.batch_size)
@@ -92,6 +100,7 @@ def silence() -> None:
         ".*does not have many workers.*",
         ".*GPU available but not used.*",
         ".*not resumable.*",  # our loader starts at the right batch by itself
+        ".*in eval mode at the start of training.*",  # a frozen backbone is
         ".*LeafSpec.*",  # Lightning 2.6 calls a torch helper by its old name
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -100,4 +109,5 @@ def silence() -> None:
 def _has_fast_bf16() -> bool:
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.11
+    return bool(capabilities.get("amx_bf16", False))

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 
 from sslmed import shipped as shelf
-from sslmed.recipe import dump, load
+from sslmed.commands.finetune import finetune
+from sslmed.commands.pretrain import pretrain
+from sslmed.data.store import Store
+from sslmed.recipe import PretrainRecipe, dump, load
 from sslmed.shipped import Shipped, shipped
 
 TOP = Path(__file__).parents[2] / "recipes"
@@ -31,3 +34,15 @@ def test_a_shipped_recipe(recipe: Shipped, tmp_path: Path) -> None:
     copy = tmp_path / "resolved.yaml"
     copy.write_text(dump(loaded), encoding="utf-8")
     assert load(copy) == loaded
+
+
+def test_every_shipped_recipe_runs_two_steps(phantom_store: Store, tmp_path: Path) -> None:
+    settings = ["train.max_steps=2", "train.batch_size=8", "data.workers=0"]
+    for each in shipped():
+        recipe = load(each.name)
+        out = tmp_path / each.name.replace("/", "-")
+        if isinstance(recipe, PretrainRecipe):
+            assert pretrain(each.name, phantom_store.path, out, overrides=[*settings, "data.size=32"]).steps == 2
+        else:
+            small = [*settings, "backbone.name=test_resnet", "data.size=32"]
+            assert finetune(each.name, phantom_store.path, out, overrides=small).best_step == 2

@@ -1,0 +1,32 @@
+"""What child processes that read images owe to the process that started them."""
+
+import os
+import signal
+import threading
+import time
+
+CHECK_SECONDS = 2.0
+
+
+def follow(parent: int, *_: object) -> None:
+    """Leave signals to ``parent`` and end with it; the first thing that a worker does.
+
+    A Ctrl-C, or the SIGTERM of a job scheduler, reaches the whole group, and a worker that died of it would cost the
+    parent the step that it wants to finish. A killed parent cannot end its workers: forkserver's would wait for it for
+    ever (measured; torch's own watchdog looks at the forkserver).
+
+    Args:
+        parent: its process id.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while True:
+        try:
+            os.kill(parent, 0)
+        except ProcessLookupError:
+            os._exit(1)
+        time.sleep(CHECK_SECONDS)
