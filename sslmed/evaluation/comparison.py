@@ -1,6 +1,6 @@
 """Probes of several starts side by side at each label budget, and the table that shows them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ class Row:
 
     Attributes:
         patients: Labelled training patients in a draw.
-        draws: How many draws the value is a mean of; 1 where every seed draws the same patients (100 %).
+        draws: How many draws the value is a mean of; 1 for one start where every seed draws the same patients (100 %).
         draw_sd: Standard deviation over draws; nan for one draw.
         difference: This arm minus the reference arm, paired by patient; None in the rows of the reference.
         verdict: What the difference allows one to say; None in the rows of the reference.
@@ -49,7 +49,7 @@ class Row:
 
 
 def compare(
-    features: Mapping[str, Features],
+    features: Mapping[str, Sequence[Features]],
     train_y: Array,
     test_y: Array,
     classes: int,
@@ -61,6 +61,7 @@ def compare(
     """Train every probe on every draw for every arm, score the test images, and set each arm against ``reference``.
 
     Args:
+        features: Of each arm one start for all draws, or one a seed, which the draw of that seed gets.
         train_y: (n,) classes, -1 for images that no draw holds.
         test_y: (m,) classes in [0, classes).
         drawn: From ``protocol.draws``, whose rows are positions in ``train_y``.
@@ -72,19 +73,26 @@ def compare(
     rows: list[Row] = []
     for budget in dict.fromkeys(draw.budget for draw in drawn):
         members = [draw for draw in drawn if draw.budget == budget]
-        if all(draw.everyone for draw in members):
-            members = members[:1]  # the same patients under every seed, and probes draw nothing themselves
         for probe, scores_of in PROBES.items():
-            scores = {
-                arm: [scores_of(each.train[draw.rows], train_y[draw.rows], each.test, classes) for draw in members]
-                for arm, each in features.items()
-            }
+            scores = {arm: _scores(scores_of, starts, train_y, classes, members) for arm, starts in features.items()}
             for found in summarise(scores, test_y, weights, reference=reference):
                 said = None if found.difference is None else verdict(found.difference, reference)
-                counts = (members[0].patients, len(members))
+                counts = (members[0].patients, len(scores[found.arm]))
                 values = (found.arm, found.metric, found.value, *counts, found.draw_sd, found.difference, said)
                 rows.append(Row(budget.text, probe, *values))
     return rows
+
+
+def _scores(
+    probe: Callable[..., Array], starts: Sequence[Features], train_y: Array, classes: int, members: Sequence[Draw]
+) -> list[Array]:
+    if len(starts) == 1 and all(draw.everyone for draw in members):
+        members = members[:1]  # one start on the same patients under every seed: probes draw nothing themselves
+    scores = []
+    for draw in members:
+        start = starts[draw.seed % len(starts)]
+        scores.append(probe(start.train[draw.rows], train_y[draw.rows], start.test, classes))
+    return scores
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -121,7 +121,7 @@ def test_every_arm_probe_metric_and_drawable_budget_has_a_row(result: EvaluateRe
         assert 0 <= row.value.low <= row.value.high <= 1
         assert (row.difference is None) == (row.verdict is None) == (row.arm == RANDOM)
         assert row.patients == {"20%": 8, "100%": 40, "k=3": 6}[row.budget]
-        assert row.draws == (1 if row.budget == "100%" else 2)
+        assert row.draws == (1 if (row.budget, row.arm) == ("100%", PRETRAINED) else 2), "a random start a draw"
         assert math.isnan(row.draw_sd) == (row.draws == 1)
 
 
@@ -170,7 +170,7 @@ def test_lines_are_aligned(result: EvaluateResult) -> None:
 
 def test_the_same_weights_differ_by_nothing_and_twice_gives_the_same(store: Store, tmp_path: Path) -> None:
     twin = write_model(tmp_path / "twin", store, seed=0)
-    options: dict[str, Any] = {"budgets": "50%", "seeds": 2, "replicates": 100}
+    options: dict[str, Any] = {"budgets": "50%", "seeds": 1, "replicates": 100}  # the random start of seed 0
     first = evaluate(twin, store.path, **options)
     assert first.out == str(tmp_path / "twin-evaluation")
     for row in first.rows:

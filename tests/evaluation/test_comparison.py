@@ -24,7 +24,7 @@ def case() -> dict[str, np.ndarray]:
 
 def test_rows_hold_the_probes_on_the_draws(case: dict[str, np.ndarray]) -> None:
     noise = np.random.default_rng(1).normal(size=(70, 4))
-    features = {"good": Features(case["train"], case["test"]), "noise": Features(noise[:40], noise[40:])}
+    features = {"good": [Features(case["train"], case["test"])], "noise": [Features(noise[:40], noise[40:])]}
     drawn, _ = draws(case["train_ids"], case["train_y"], parse("20%,100%"), seeds=range(3))
     weights = bootstrap_weights(case["test_ids"], 100, seed=0)
     rows = compare(features, case["train_y"], case["test_y"], 2, drawn, weights, reference="noise")
