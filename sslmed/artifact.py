@@ -3,7 +3,7 @@
 model.safetensors        the backbone
 head.safetensors         the head, for a fine-tuned model
 card.json  README.md     what it is, for programs and for people
-fingerprint.safetensors  keyed patient ids that training saw
+fingerprint.safetensors  keyed digests of the patients and images that training saw
 selftest.safetensors     an input and its features
 MANIFEST.json            sha256 of each file
 """
@@ -22,9 +22,10 @@ import torch
 from torch import nn
 
 from sslmed import __version__
-from sslmed.config import Config, DataError, MissingInputError
+from sslmed.config import Config, DataError, DiskError, MissingInputError
+from sslmed.data import identity
 from sslmed.data.loading import Rows
-from sslmed.data.modality import Modality
+from sslmed.data.modality import MODALITIES, Modality
 from sslmed.data.store import Store
 from sslmed.durable import PARTIAL, sha256
 from sslmed.keyed_rng import rng
@@ -107,18 +108,26 @@ def write(
 
     Args:
         network: the timm network; its self-test features are computed here.
-        seen: keyed patient ids (n, 8), as ``data.identity.fingerprint`` makes them.
+        seen: what training saw, (n, 8), as ``data.identity.fingerprint`` makes it.
         head: the supervised head.
+
+    Raises:
+        DiskError: disk full, read-only or an I/O error; an earlier artifact is untouched.
     """
+    from safetensors import SafetensorError
+
+    earlier = _earlier(folder)
+    if earlier.exists() and not folder.exists():
+        earlier.rename(folder)  # a process was killed between the two renames
+    for orphan in (earlier, *folder.parent.glob(f".{folder.name}.*{PARTIAL}")):  # of one that was killed while it wrote
+        shutil.rmtree(orphan, ignore_errors=True)
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         _save_tensors(partial / "model.safetensors", _state(network))
         if head is not None:
             _save_tensors(partial / "head.safetensors", _state(head))
-        _save_tensors(
-            partial / "fingerprint.safetensors", {"patients": torch.from_numpy(np.array(seen, dtype=np.uint8))}
-        )
+        _save_tensors(partial / "fingerprint.safetensors", {"seen": torch.from_numpy(np.array(seen, dtype=np.uint8))})
         images = _self_test_input(card)
         _save_tensors(partial / "selftest.safetensors", {"input": images, "features": _features(network, images)})
         (partial / "card.json").write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -129,11 +138,28 @@ def write(
             path.chmod(0o644)  # safetensors writes for the owner alone, but an artifact is for others
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+        _swap(partial, folder)
+    except (OSError, SafetensorError) as error:  # safetensors has no other word for a full disk
+        raise DiskError(f"cannot write {folder}: {error}. What was there before is untouched.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _earlier(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.earlier")
+
+
+def _swap(new: Path, folder: Path) -> None:
+    earlier = _earlier(folder)
+    if folder.exists():
+        folder.rename(earlier)
+    try:
+        new.rename(folder)
+    except OSError:
+        if earlier.exists():
+            earlier.rename(folder)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def resolve(path: Path | str) -> Path:
@@ -171,9 +197,12 @@ def read_card(path: Path | str) -> Card:
             f"{folder} has card version {content.get('schema_version')}; this sslmed reads version {SCHEMA}"
         )
     try:
-        return Card.model_validate(content)
+        card = Card.model_validate(content)
     except pydantic.ValidationError as error:
         raise DataError(f"the card of {folder} is not valid: {error.errors()[0]['msg']}") from error
+    if card.modality not in MODALITIES:
+        raise DataError(f"{folder} is for {card.modality} images; this sslmed knows {', '.join(MODALITIES)}")
+    return card
 
 
 def damage(folder: Path) -> list[str]:
@@ -215,10 +244,21 @@ def load_head(path: Path | str, head: nn.Module) -> None:
 
 
 def read_fingerprint(path: Path | str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Keyed patient ids (n, 8) that training saw, with those of its parents."""
+    """Keyed digests (n, 8) of the patients and images that training saw, with those of its parents."""
     from safetensors.numpy import load_file
 
-    return np.asarray(load_file(resolve(path) / "fingerprint.safetensors")["patients"])
+    return np.asarray(load_file(resolve(path) / "fingerprint.safetensors")["seen"])
+
+
+def fingerprint(store: Store, rows: Rows) -> identity.Fingerprint:
+    """Keyed digests (n, 8) of the patients and images in ``rows``."""
+    return identity.fingerprint(store.patients(rows), store.index.content[rows])
+
+
+def patients_seen(path: Path | str, store: Store, rows: Rows) -> int | None:
+    """How many patients of ``rows`` the artifact's training saw; None when that cannot be told."""
+    key_id = read_card(path).data.key_id
+    return identity.seen(read_fingerprint(path), key_id, store.patients(rows), store.index.content[rows], store.key_id)
 
 
 def self_test(path: Path | str) -> SelfTest:

@@ -17,7 +17,10 @@ from sslmed import __version__
 from sslmed.config import DiskError, MissingDependencyError, SslmedError, UsageError
 
 MOST_LINES = 6  # of an error
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+)
 CommandLineError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])  # click's, or this typer's own copy
 DISTRIBUTIONS = {"cv2": "opencv-python-headless", "sklearn": "scikit-learn", "yaml": "PyYAML"}
 
@@ -150,7 +153,7 @@ def _options(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that does not exist yet.")] = Path(
-        "demo-run"
+        "sslmed-demo"
     ),
     as_json: Json = False,
 ) -> None:

@@ -1,11 +1,17 @@
 """What a person sees while a command works: always on standard error, so that standard output stays the result."""
 
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+def command(*words: object) -> str:
+    """A command line that can be pasted into a shell."""
+    return shlex.join(str(word) for word in words)
 
 
 def say(line: str) -> None:

@@ -22,8 +22,9 @@ class OptimConfig(Config):
         lr_rule: how ``lr`` follows the global batch B: ``constant``; ``linear``, times B / 256 (Goyal et al.,
             arXiv 1706.02677); ``sqrt``, times sqrt(B / 256) (SimCLR, arXiv 2002.05709, appendix B.1).
         weight_decay: for weights with two dimensions or more; biases and norm layers have none.
-        warmup: share of all optimizer steps during which the rate climbs linearly from 0.
-        final_lr: the rate of the last step as a share of the peak; the way there is half a cosine.
+        warmup: share of all optimizer steps during which the rate climbs linearly, from 0 at the first
+            (as in SimCLR's reference).
+        final_lr: where half a cosine leads after the last step, as a share of the peak.
         momentum: of SGD.
         betas: of AdamW.
     """
@@ -44,7 +45,10 @@ class OptimConfig(Config):
 
 
 def decay_groups(modules: Iterable[nn.Module], weight_decay: float) -> Parameters:
-    """Two parameter groups: weights of two dimensions or more decay; biases and norm layers do not."""
+    """Two parameter groups: weights of two dimensions or more decay; biases and norm layers do not.
+
+    As in SimCLR's reference (google-research/simclr, model_util.py), which goes by name; shape holds for any network.
+    """
     trainable = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},

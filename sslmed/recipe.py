@@ -31,6 +31,7 @@ COMMAND_LINE = "command line"
 LARGEST = 64 * 1024  # characters; a recipe has about 500
 DEEPEST = 8
 MOST_LINES = 6
+FREE_ON_RESUME = ("data.workers:", "train.save_every_steps:", "monitor.")
 INSTEAD = {"train.epochs": "train.max_steps", "train.max_steps": "train.epochs"}
 
 
@@ -106,6 +107,11 @@ def dump(recipe: Recipe) -> str:
     """The whole recipe as YAML, one section a line; ``load`` gives an equal recipe back."""
     sections = recipe.model_dump(mode="json")
     return "".join(f"{name}: {_write(section)}\n" for name, section in sections.items() if section is not None)
+
+
+def changes(old: Recipe, new: Recipe) -> list[str]:
+    """What ``diff`` says of the settings that decide the result; the others may change when a run is resumed."""
+    return [line for line in diff(old, new) if not line.startswith(FREE_ON_RESUME)]
 
 
 def diff(old: Recipe, new: Recipe) -> list[str]:

@@ -7,8 +7,6 @@ import fcntl
 import json
 import os
 import platform
-import shlex
-import sys
 import time
 import uuid
 from collections.abc import Sequence
@@ -69,7 +67,7 @@ class Run:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **facts,
         }
-        return cls(path, state, lock)
+        return cls(path, state, lock)._enter("created")
 
     @classmethod
     def resume(cls, path: Path | str, command: str) -> Self:
@@ -84,7 +82,13 @@ class Run:
         state = read(path)
         if state["command"] != command:
             raise DataError(f"{path} is a run of `sslmed {state['command']}`, not of `sslmed {command}`")
-        return cls(path, state, _lock(path))
+        run = cls(path, state, _lock(path))
+        if not run.done and state["threads"] != torch.get_num_threads():
+            run.say(
+                f"note: {state['threads']} threads before, {torch.get_num_threads()} now: "
+                "the result will be as good, but not the same to the last bit"
+            )
+        return run
 
     @property
     def checkpoint(self) -> Path:
@@ -105,6 +109,15 @@ class Run:
     def done(self) -> bool:
         """Whether the run came to its end."""
         return bool(self._state["status"] == "done")
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What a finished run returned."""
+        return dict(self._state["result"])
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Keep what the run returns, in JSON's types."""
+        self._state["result"] = result
 
     def fact(self, name: str) -> Any:
         """Something that was recorded at the start."""
@@ -177,7 +190,6 @@ class Run:
             "versions": versions(),
             "threads": torch.get_num_threads(),
         }
-        self._state["command_line"] = shlex.join(["sslmed", *sys.argv[1:]])
         write_json(self.path / "run.json", self._state)
         return self
 
@@ -190,7 +202,9 @@ def read(path: Path) -> dict[str, Any]:
         DataError: it is not readable.
     """
     try:
-        state: dict[str, Any] = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        state = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or "command" not in state:
+            raise ValueError("it names no command")
     except FileNotFoundError as error:
         raise MissingInputError(f"there is no run at {path}; start it without --resume") from error
     except ValueError as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 import sslmed
 from sslmed.config import OutputExistsError
-from sslmed.console import say
+from sslmed.console import command, say
 from sslmed.data.phantoms import write_phantoms
 from sslmed.evaluation import predictions
 from sslmed.evaluation.protocol import Estimate, Interval
@@ -31,6 +31,7 @@ class DemoResult:
 
     out: str
     broken: tuple[str, ...]
+    val_patients: int
     pretrained: tuple[float, float, float]
     random: tuple[float, float, float]
     difference: tuple[float, float, float]
@@ -48,7 +49,8 @@ class DemoResult:
         )
         return [
             "",
-            f"SYNTHETIC images, {LABELS.removeprefix('k=')} labelled patients a class;",
+            f"SYNTHETIC images, {LABELS.removeprefix('k=')} labelled train patients a class, "
+            f"{self.val_patients} val patients to stop on;",
             "AUROC on unseen test patients [95 % interval]:",
             f"  from the pretrained backbone  {_text(self.pretrained)}",
             f"  from random weights           {_text(self.random)}",
@@ -92,12 +94,13 @@ def demo(out: str | Path = "sslmed-demo") -> DemoResult:
     say("3/5 pretrain a small ResNet with SimCLR, without labels")
     pretrained = sslmed.pretrain("xray/simclr_resnet18", out / "store", out / "pretrained", overrides=PRETRAIN)
     say("4/5 fine-tune on few labels, from the pretrained and from random weights")
-    runs = {}
+    runs: dict[str, list[Path]] = {}
+    val_patients = 0
     for name, start, extra in (("pretrained", pretrained.run, ()), ("random", "random", BACKBONE)):
-        result = sslmed.finetune(
+        tuned = sslmed.finetune(
             "xray/classification", out / "store", out / f"finetuned-{name}", start=start, overrides=(*FINETUNE, *extra)
         )
-        runs[name] = [Path(result.run)]
+        runs[name], val_patients = [Path(tuned.run)], tuned.val_patients
     say("5/5 verify the artifact and predict files")
     sslmed.verify(out / "finetuned-pretrained")
     sslmed.predict(out / "finetuned-pretrained", out / "images", out / "predictions")
@@ -105,11 +108,12 @@ def demo(out: str | Path = "sslmed-demo") -> DemoResult:
     return DemoResult(
         str(out),
         phantoms.broken,
+        val_patients,
         _triple(estimates["pretrained"].value),
         _triple(estimates["random"].value),
         _difference(estimates["pretrained"]),
         time.monotonic() - started,
-        f"sslmed evaluate {out / 'pretrained'} --data {out / 'store'}",
+        command("sslmed", "evaluate", out / "pretrained", "--data", out / "store"),
     )
 
 

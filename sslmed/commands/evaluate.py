@@ -16,7 +16,6 @@ import torch
 from sslmed import artifact
 from sslmed.artifact import Card
 from sslmed.config import DataError, DiskError, OutputExistsError, UsageError
-from sslmed.data.identity import seen
 from sslmed.data.loading import plain_loader
 from sslmed.data.modality import named
 from sslmed.data.store import Store
@@ -152,7 +151,7 @@ def evaluate(
     labels, classes = store.target(target), store.classes(target)
     train, test = (rows[labels[rows] >= 0] for rows in (store.rows("train"), store.rows("test")))
     notes = _check_labels(classes, labels[train], labels[test])
-    known = seen(artifact.read_fingerprint(model), card.data.key_id, store.patients(test), store.key_id)
+    known = artifact.patients_seen(model, store, test)
     if strict:
         _refuse_leakage(known)
     drawn, skipped = draws(store.patients(train), labels[train], wanted, range(seeds))

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from sslmed import artifact
 from sslmed.config import DataError, UsageError
-from sslmed.data import identity, modality
+from sslmed.console import command
+from sslmed.data import modality
 from sslmed.data.loading import Rows, ViewDataset, plain_loader, steps_per_epoch
 from sslmed.data.modality import Modality
 from sslmed.data.store import Store
@@ -18,11 +19,12 @@ from sslmed.evaluation import metrics, predictions, probes, protocol
 from sslmed.heads import HEADS
 from sslmed.heads.head import Head
 from sslmed.models.backbones import Backbone, BackboneConfig, build
-from sslmed.recipe import FinetuneRecipe, diff, dump, load_finetune
+from sslmed.recipe import FinetuneRecipe, changes, dump, load_finetune
 from sslmed.run import Run
 from sslmed.training.early_stopping import EarlyStopping
 from sslmed.training.fit import fit, seed_everything
 from sslmed.training.monitors import Monitor, MonitorConfig
+from sslmed.training.trainer import TrainConfig, device, lightning_precision
 
 REPLICATES = 1000
 MIXED_KEYS = "mixed"  # no site has this key id, so that "seen in training?" is answered "cannot tell"
@@ -30,7 +32,13 @@ MIXED_KEYS = "mixed"  # no site has this key id, so that "seen in training?" is 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """A finished fine-tuning. ``test`` holds (value, low, high) of each metric, 95 % by bootstrap of test patients."""
+    """A finished fine-tuning.
+
+    Attributes:
+        val_patients: labelled patients that decided when to stop; the budget does not count them.
+        seen: how many test patients the start had seen; None when that cannot be told.
+        test: (value, low, high) of each metric, 95 % by bootstrap of test patients.
+    """
 
     run: str
     artifact: str
@@ -39,8 +47,10 @@ class FinetuneResult:
     classes: tuple[str, ...]
     train_images: int
     train_patients: int
+    val_patients: int
     test_images: int
     test_patients: int
+    seen: int | None
     best_step: int
     test: dict[str, tuple[float, float, float]]
     next: str
@@ -50,15 +60,27 @@ class FinetuneResult:
         shown = [f"  {name} {value:.3f} [{low:.3f}, {high:.3f}]" for name, (value, low, high) in self.test.items()]
         return [
             f"fine-tuned from {self.start} on {self.train_images} images of {self.train_patients} patients, "
-            f"best on val at step {self.best_step}",
-            f"'{self.target}' on {self.test_images} test images of {self.test_patients} patients, with 95 % intervals:",
+            f"stopped on {self.val_patients} val patients at step {self.best_step}",
+            f"'{self.target}' on {self.test_images} test images of {self.test_patients} patients, with 95 % intervals; "
+            + self._seen(),
             *shown,
             f"model: {self.artifact}",
         ]
 
+    def _seen(self) -> str:
+        if self.seen is None:
+            return "cannot tell whether pretraining has seen them"
+        return f"{self.seen} of them were seen in pretraining"
+
     def as_dict(self) -> dict[str, Any]:
         """For programs."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, kept: dict[str, Any]) -> Self:
+        """The result that a finished run has kept."""
+        test = {name: tuple(triple) for name, triple in kept["test"].items()}
+        return cls(**(kept | {"classes": tuple(kept["classes"]), "test": test}))
 
 
 @dataclass(frozen=True)
@@ -111,54 +133,58 @@ def finetune(
     store = Store(data)
     backbone, config, size = _backbone(settings, start, store)
     task = _task(settings, store, size, config.in_chans)
-    seed_everything(settings.train.seed)
+    train = _at_most(settings.train, len(task.train))
+    data_config = settings.data.model_copy(update={"size": size})
+    settings = settings.model_copy(update={"data": data_config, "train": train})  # what runs is what is recorded
+    seed_everything(train.seed)
     classes = store.classes(task.name)
     head = HEADS[settings.head.name](settings.head, backbone, len(classes))  # type: ignore[attr-defined]
-    train = settings.train.model_copy(update={"batch_size": min(settings.train.batch_size, len(task.train))})
+    score = _val_score(head, task)
     dataset = ViewDataset(
         store, task.policy, (task.policy.view,), size, config.in_chans, settings.train.seed, task.name
     )
-    with _open(settings, store, start, out, resume) as run:
-        monitor = Monitor(
-            MonitorConfig(knn_every=0, collapse="off"),
-            run,
-            train.batch_size,
-            steps_per_epoch(len(task.train), train.batch_size),
-        )
-        stop = EarlyStopping(settings.stop, run, head.metrics()[0], _val_score(head, task))
-        fit(
-            head,
-            dataset,
-            task.train,
-            train,
-            settings.optim,
-            run,
-            monitor,
-            workers=settings.data.worker_count(),
-            callbacks=[stop],
-        )
-        test = _test(head, task, run)
+    run = _open(settings, store, start, out, resume)
+    if run.done:
+        run.close()
+        return FinetuneResult.from_dict(run.result)
+    with run:
+        steps = steps_per_epoch(len(task.train), train.batch_size)
+        monitor = Monitor(MonitorConfig(knn_every=0, collapse="off"), run, train.batch_size, steps)
+        stop = EarlyStopping(settings.stop, run, head.metrics()[0], score)
+        workers = settings.data.worker_count()
+        fit(head, dataset, task.train, train, settings.optim, run, monitor, workers=workers, callbacks=[stop])
+        test = _test(head.to(device(train)), task, run)  # Lightning has brought it back to the CPU
         _write(run, settings, head, task, config, start, stop.best_step)
-    return FinetuneResult(
-        str(run.path),
-        str(run.artifact),
-        str(start),
-        task.name,
-        classes,
-        len(task.train),
-        _patients(task, task.train),
-        len(task.test),
-        _patients(task, task.test),
-        stop.best_step,
-        test,
-        f"sslmed predict {run.path} SOURCE --out DIR",
-    )
+        result = FinetuneResult(
+            run=str(run.path),
+            artifact=str(run.artifact),
+            start=str(start),
+            target=task.name,
+            classes=classes,
+            train_images=len(task.train),
+            train_patients=_patients(task, task.train),
+            val_patients=_patients(task, task.val),
+            test_images=len(task.test),
+            test_patients=_patients(task, task.test),
+            seen=0 if str(start) == "random" else artifact.patients_seen(start, store, task.test),
+            best_step=stop.best_step,
+            test=test,
+            next=command("sslmed", "predict", run.path, "SOURCE", "--out", "DIR"),
+        )
+        run.finish(result.as_dict())
+    return result
 
 
 def _backbone(settings: FinetuneRecipe, start: str | Path, store: Store) -> tuple[Backbone, BackboneConfig, int]:
     if str(start) == "random":
         if settings.backbone is None:
             raise UsageError("--from random needs a backbone in the recipe; add backbone.name=resnet18")
+        channels, stored = settings.backbone.in_chans, int(store.index.channels.max())
+        if channels < stored:
+            raise UsageError(
+                f"backbone.in_chans is {channels}, but the store holds {stored} channels; "
+                f"set backbone.in_chans={stored}"
+            )
         return build(settings.backbone, settings.data.size, settings.train.seed), settings.backbone, settings.data.size
     card = artifact.read_card(start)
     if settings.backbone is not None and settings.backbone.name != card.backbone.name:
@@ -187,6 +213,15 @@ def _task(settings: FinetuneRecipe, store: Store, size: int, channels: int) -> _
     return _Task(store, policy, name, target, train[drawn[0].rows], val, test, size, channels)
 
 
+def _at_most(train: TrainConfig, images: int) -> TrainConfig:
+    """Smaller steps where there are fewer images than a step takes."""
+    if images >= train.batch_size:
+        return train
+    whole = images - images % train.accumulate
+    smaller = {"batch_size": whole} if whole else {"batch_size": images, "accumulate": 1}
+    return train.model_copy(update=smaller)
+
+
 def _val_score(head: Head, task: _Task) -> Any:
     measure = metrics.METRICS[head.metrics()[0]]
     if len(np.unique(task.target[task.val])) < 2:
@@ -206,30 +241,32 @@ def _test(head: Head, task: _Task, run: Run) -> dict[str, tuple[float, float, fl
 
 
 def _open(settings: FinetuneRecipe, store: Store, start: str | Path, out: str | Path, resume: bool) -> Run:
-    weights = "random" if str(start) == "random" else sha256(artifact.resolve(start) / "model.safetensors")
     facts = {
         "seed": settings.train.seed,
-        "data": str(store.path),
         "data_fingerprint": store.fingerprint,
-        "start": str(start),
-        "start_weights": weights,
+        "start_weights": "random" if str(start) == "random" else _weights_digest(start),
+        "precision": lightning_precision(settings.train),
     }
     if not resume:
         return Run.start(out, "finetune", dump(settings), facts)
     run = Run.resume(out, "finetune")
-    run.refuse_changes(diff(load_finetune(run.recipe), settings), facts)
+    run.refuse_changes(changes(load_finetune(run.recipe), settings), facts)
     return run
+
+
+def _weights_digest(start: str | Path) -> str:
+    return sha256(artifact.resolve(start) / "model.safetensors")
 
 
 def _write(
     run: Run, settings: FinetuneRecipe, head: Head, task: _Task, backbone: BackboneConfig, start: str | Path, steps: int
 ) -> None:
     data = artifact.describe(task.store, task.train)
-    seen = identity.fingerprint(task.store.patients(task.train))
+    seen = artifact.fingerprint(task.store, np.concatenate([task.train, task.val]))
     parent = None
     if str(start) != "random":
         card = artifact.read_card(start)
-        parent = sha256(artifact.resolve(start) / "model.safetensors")
+        parent = _weights_digest(start)
         seen = np.unique(np.concatenate([seen, artifact.read_fingerprint(start)]), axis=0)
         if card.data.key_id != data.key_id:
             data = data.model_copy(update={"key_id": MIXED_KEYS})

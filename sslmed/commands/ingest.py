@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import shlex
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sslmed.config import DataError, TemporaryError, UsageError
-from sslmed.console import progress
+from sslmed.console import command, progress
 from sslmed.data import splits
 from sslmed.data.catalogue import Catalogue, Entry, Skipped, base_folder, catalogue, given_splits, patient_pattern
 from sslmed.data.identity import SiteKey, load_or_make_key
@@ -200,10 +199,11 @@ class _Load:
             pixels = accept(policy, read(path).pixels)
         except DataError as error:
             return str(error).removeprefix(f"{path}: ")
-        content = self.key.content(pixels)  # of the image as it came, so that stores of other sizes know it again
+        # Both of the image as it came: stores of other sizes know it again, and predict finds the same range.
+        content = self.key.content(pixels)
+        low, high = policy.intensity_range(pixels)
         if self.size is not None:
             pixels = shrink(pixels, self.size)
-        low, high = policy.intensity_range(pixels)
         return _Image(pixels, low, high, content)
 
     def many(self, paths: Sequence[Path]) -> list[_Image | str]:
@@ -288,7 +288,7 @@ def _result(
         | ({"(blank)": blank} if (blank := int((numbers < 0).sum())) else {})
         for column, numbers in labels
     }
-    command = ["sslmed", "pretrain", "xray/simclr_resnet18", "--data", str(out), "--out", str(out.parent / "run")]
+    recipe = f"{writer.modality}/simclr_resnet18"
     return IngestResult(
         path=out,
         private=out.with_name(f"{out.name}.private"),
@@ -300,7 +300,7 @@ def _result(
         skipped=tuple(sorted(found.skipped, key=lambda skipped: skipped.file)),
         notes=tuple(found.notes),
         warnings=tuple(found.warnings),
-        next=shlex.join(command),
+        next=command("sslmed", "pretrain", recipe, "--data", out, "--out", out.parent / "run"),
     )
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from sslmed import artifact
 from sslmed.artifact import HeadCard
 from sslmed.config import DataError, MissingInputError, OutputExistsError
-from sslmed.console import progress
+from sslmed.console import command, progress
 from sslmed.data import modality, readers
 from sslmed.data.loading import network_input
 from sslmed.durable import write_atomically
@@ -78,14 +79,18 @@ def predict(model: str | Path, source: str | Path, out: str | Path) -> PredictRe
     _write(out / "predictions.csv", card.head.classes, predicted)
     counts = Counter(card.head.classes[max(range(len(row)), key=row.__getitem__)] for _, row in predicted)
     path = str(out / "predictions.csv")
-    return PredictResult(path, len(predicted), dict(counts), tuple(skipped), f"column -s, -t {path} | head")
+    return PredictResult(path, len(predicted), dict(counts), tuple(skipped), command("head", path))
 
 
 def _head(model: str | Path, about: HeadCard) -> Head:
-    kind = HEADS[about.name]
-    head = kind(kind.Config.model_validate(about.config), Backbone(artifact.load_backbone(model)), len(about.classes))
+    try:
+        kind = HEADS[about.name]
+        config = kind.Config.model_validate(about.config)
+    except (KeyError, ValidationError) as error:
+        raise DataError(f"{model} has a head '{about.name}' that this sslmed does not know; use a newer one") from error
+    head = kind(config, Backbone(artifact.load_backbone(model)), len(about.classes))
     artifact.load_head(model, head.head)
-    return head.eval()
+    return head.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _run(
@@ -101,14 +106,17 @@ def _run(
         name = path.relative_to(root).as_posix()
         try:
             pixels = modality.accept(policy, readers.read(path).pixels)
+            if pixels.ndim == 3 and card.backbone.in_chans < 3:
+                raise DataError(f"is in colour, but the model was trained on {card.backbone.in_chans}-channel images")
             low, high = policy.intensity_range(pixels)
             images.append(network_input(pixels, low, high, policy, card.size, card.backbone.in_chans))
             names.append(name)
         except DataError as error:
-            skipped.append((name, str(error)))
+            skipped.append((name, str(error).removeprefix(f"{path}: ")))
         if images and (len(images) == BATCH or number == len(files)):
             with torch.inference_mode():
-                predicted += zip(names, head(torch.stack(images)).tolist(), strict=True)
+                scores = head(torch.stack(images).to(next(head.parameters()).device))
+            predicted += zip(names, scores.tolist(), strict=True)
             names, images = [], []
     return predicted, skipped
 

@@ -9,17 +9,19 @@ from torch import nn
 
 from sslmed import artifact
 from sslmed.config import DataError, UsageError
-from sslmed.data import identity, modality
+from sslmed.console import command
+from sslmed.data import modality
 from sslmed.data.loading import Rows, ViewDataset, plain_loader, steps_per_epoch
 from sslmed.data.store import Store
 from sslmed.evaluation import metrics, probes
 from sslmed.methods import METHODS
 from sslmed.methods.method import Method
 from sslmed.models.backbones import build
-from sslmed.recipe import PretrainRecipe, diff, dump, load_pretrain
+from sslmed.recipe import PretrainRecipe, changes, dump, load_pretrain
 from sslmed.run import Run, read_metrics
 from sslmed.training.fit import fit, seed_everything
 from sslmed.training.monitors import Monitor
+from sslmed.training.trainer import lightning_precision
 
 PROBE_IMAGES = 1000  # at most, of train and of val: the probe while training is a thermometer, not a result
 BYTES_A_PARAMETER = 4 * (1 + 2) + 4  # weights and two moments in the checkpoint, weights in the artifact
@@ -96,33 +98,35 @@ def pretrain(
     rows = _training_rows(store)
     settings.train.total_steps(len(rows))
     method, dataset = _assemble(settings, store)
-    with _open(settings, store, out, resume) as run:
-        if not run.done:
-            run.say(f"pretraining {settings.backbone.name} with {settings.method.name} on {len(rows)} images")  # type: ignore[attr-defined]
+    probe = _probe(method.exported, settings, store)
+    run = _open(settings, store, out, resume)
+    if run.done:
+        run.close()
+        return PretrainResult(**run.result)
+    with run:
+        run.say(f"pretraining {settings.backbone.name} with {settings.method.name} on {len(rows)} images")  # type: ignore[attr-defined]
         monitor = Monitor(
             settings.monitor,
             run,
             settings.train.batch_size,
             steps_per_epoch(len(rows), settings.train.batch_size),
-            _probe(method.exported, settings, store),
+            probe,
         )
         fitted = fit(
             method, dataset, rows, settings.train, settings.optim, run, monitor, workers=settings.data.worker_count()
         )
-        artifact.write(
-            run.artifact,
-            method.exported,
-            _card(settings, store, rows, method, fitted.steps),
-            identity.fingerprint(store.patients(rows)),
+        card = _card(settings, store, rows, method, fitted.steps)
+        artifact.write(run.artifact, method.exported, card, artifact.fingerprint(store, rows))
+        result = PretrainResult(
+            str(run.path),
+            str(run.artifact),
+            fitted.steps,
+            fitted.seconds,
+            _last(run.path),
+            command("sslmed", "evaluate", run.path, "--data", store.path),
         )
-    return PretrainResult(
-        str(run.path),
-        str(run.artifact),
-        fitted.steps,
-        fitted.seconds,
-        _last(run.path),
-        f"sslmed evaluate {run.path} --data {store.path}",
-    )
+        run.finish(result.as_dict())
+    return result
 
 
 def plan(recipe: str | Path, data: str | Path, *, overrides: Sequence[str] = ()) -> PretrainPlan:
@@ -139,8 +143,8 @@ def plan(recipe: str | Path, data: str | Path, *, overrides: Sequence[str] = ())
         len(set(store.patients(rows))),
         settings.train.total_steps(len(rows)),
         steps_per_epoch(len(rows), settings.train.batch_size),
-        parameters * BYTES_A_PARAMETER,
-        f"sslmed pretrain {recipe} --data {data} --out RUN" + "".join(f" {override}" for override in overrides),
+        2 * parameters * BYTES_A_PARAMETER,  # while a checkpoint is written the earlier one is still there
+        command("sslmed", "pretrain", recipe, "--data", data, "--out", "RUN", *overrides),
     )
 
 
@@ -166,11 +170,15 @@ def _assemble(settings: PretrainRecipe, store: Store) -> tuple[Method, ViewDatas
 
 
 def _open(settings: PretrainRecipe, store: Store, out: str | Path, resume: bool) -> Run:
-    facts = {"seed": settings.train.seed, "data": str(store.path), "data_fingerprint": store.fingerprint}
+    facts = {
+        "seed": settings.train.seed,
+        "data_fingerprint": store.fingerprint,
+        "precision": lightning_precision(settings.train),
+    }
     if not resume:
         return Run.start(out, "pretrain", dump(settings), facts)
     run = Run.resume(out, "pretrain")
-    run.refuse_changes(diff(load_pretrain(run.recipe), settings), facts)
+    run.refuse_changes(changes(load_pretrain(run.recipe), settings), facts)
     return run
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from sslmed import artifact
 from sslmed.config import DataError, MissingInputError
+from sslmed.console import command
 from sslmed.data.store import Store
 from sslmed.data.store_format import STORE_JSON
 from sslmed.training import checkpoint
@@ -54,8 +55,8 @@ def verify(path: str | Path) -> VerifyResult:
             "these weights or this machine's arithmetic are not what was published"
         )
     parts.append(f"every digest, self-test within {outcome.difference:.1e}")
-    use = "sslmed predict {} SOURCE --out DIR" if card.head else "sslmed evaluate {} --data STORE"
-    return VerifyResult(str(path), f"{card.kind} {card.backbone.name}", ", ".join(parts), use.format(path))
+    use = ("predict", path, "SOURCE", "--out", "DIR") if card.head else ("evaluate", path, "--data", "STORE")
+    return VerifyResult(str(path), f"{card.kind} {card.backbone.name}", ", ".join(parts), command("sslmed", *use))
 
 
 def _store(path: Path) -> VerifyResult:
@@ -64,5 +65,5 @@ def _store(path: Path) -> VerifyResult:
     if findings:
         more = [f"and {len(findings) - 4} more"] if len(findings) > 4 else []
         raise DataError("\n".join([f"{path} is damaged:", *findings[:4], *more]))
-    next_command = f"sslmed pretrain xray/simclr_resnet18 --data {path} --out RUN"
+    next_command = command("sslmed", "pretrain", f"{store.modality}/simclr_resnet18", "--data", path, "--out", "RUN")
     return VerifyResult(str(path), f"store of {len(store)} {store.modality} images", "every digest", next_command)

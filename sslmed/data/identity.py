@@ -9,7 +9,6 @@ import hmac
 import os
 import secrets
 import unicodedata
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,33 +81,46 @@ def load_or_make_key(path: Path) -> SiteKey:
     return SiteKey(secret)
 
 
-def fingerprint(patients: Iterable[str | bytes] | npt.NDArray[np.bytes_]) -> Fingerprint:
-    """A set of patients as sorted, unique digests cut to 8 bytes: (n, 8) uint8.
+def fingerprint(patients: npt.NDArray[np.bytes_], contents: npt.NDArray[np.bytes_]) -> Fingerprint:
+    """Who and what is in a set of images, as sorted, unique digests cut to 8 bytes: (n, 8) uint8.
+
+    Images count beside patients, because a patient may go by another name in another store: by the file's when the
+    first had no CSV.
 
     Args:
-        patients: patients as `SiteKey.patient` gives them; repeats do not matter.
+        patients: of each image, (N,) as `SiteKey.patient` gives them; repeats do not matter.
+        contents: of each image, (N,) as `SiteKey.content` gives them.
     """
-    array = np.array([p.encode("ascii") if isinstance(p, str) else p for p in patients], dtype="S32")
-    if not len(array):
-        return np.empty((0, _FINGERPRINT_BYTES), np.uint8)
-    characters = np.unique(array).view("S1").reshape(-1, 32)[:, : 2 * _FINGERPRINT_BYTES]
-    values = np.frombuffer(bytes.fromhex(characters.tobytes().decode("ascii")), ">u8")
-    return np.unique(values).view(np.uint8).reshape(-1, _FINGERPRINT_BYTES)
+    values = np.unique(np.concatenate([_cut(patients), _cut(contents)]))
+    return values.astype(">u8").view(np.uint8).reshape(-1, _FINGERPRINT_BYTES)  # concatenate goes to native order
 
 
 def seen(
-    known: Fingerprint, key_id: str, patients: Iterable[str | bytes] | npt.NDArray[np.bytes_], own_key_id: str
+    known: Fingerprint,
+    key_id: str,
+    patients: npt.NDArray[np.bytes_],
+    contents: npt.NDArray[np.bytes_],
+    own_key_id: str,
 ) -> int | None:
-    """How many different ``patients`` (under the key ``own_key_id``) are in ``known`` (made under ``key_id``).
+    """How many different patients of some images are in ``known``, by their key or by one of their images.
 
-    None means that it cannot be told, because the keys differ: that is never "0".
+    None means that it cannot be told, because ``known`` was made under another site's key: that is never "0".
+
+    Args:
+        patients, contents: of each image, as for `fingerprint`, made under the key ``own_key_id``.
     """
     if key_id != own_key_id:
         return None
-    theirs, ours = (
-        np.ascontiguousarray(digests, np.uint8).reshape(-1).view(">u8") for digests in (known, fingerprint(patients))
-    )
-    return int(np.isin(ours, theirs).sum())
+    digests = np.ascontiguousarray(known, np.uint8).reshape(-1).view(">u8")
+    found = np.isin(_cut(patients), digests) | np.isin(_cut(contents), digests)
+    return len(np.unique(patients[found]))
+
+
+def _cut(digests: npt.NDArray[np.bytes_]) -> npt.NDArray[Any]:
+    """The first 8 bytes of hexadecimal digests, (N,) big-endian."""
+    width = digests.dtype.itemsize
+    characters = np.ascontiguousarray(digests).view("S1").reshape(-1, width)[:, : 2 * _FINGERPRINT_BYTES]
+    return np.frombuffer(bytes.fromhex(characters.tobytes().decode("ascii")), ">u8")
 
 
 def _load(path: Path) -> SiteKey:

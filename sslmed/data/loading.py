@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sslmed.config import Config, UsageError
+from sslmed.config import Config, SslmedError, TemporaryError, UsageError
 from sslmed.data.modality import Modality
 from sslmed.data.store import Store
 from sslmed.data.views import Augment, Pixels, ViewConfig, letterbox
@@ -43,7 +43,8 @@ class DataConfig(Config):
     def worker_count(self) -> int:
         """The number of worker processes."""
         if self.workers == "auto":
-            return max(0, min(MOST_WORKERS, len(os.sched_getaffinity(0)) - 2))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            return max(0, min(MOST_WORKERS, cores - 2))
         return self.workers
 
 
@@ -81,7 +82,7 @@ class Sample:
     epoch: int
 
 
-class ViewDataset(Dataset[Sample]):
+class ViewDataset(Dataset["Sample | SslmedError"]):
     """Augmented views of store rows, addressed by (epoch, row)."""
 
     def __init__(
@@ -99,15 +100,18 @@ class ViewDataset(Dataset[Sample]):
         self.augment = Augment(views, size, modality.normalise, seed)
         self.target = None if target is None else store.target(target)
 
-    def __getitem__(self, address: tuple[int, int]) -> Sample:
+    def __getitem__(self, address: tuple[int, int]) -> "Sample | SslmedError":
         epoch, row = address
-        low, high = self.store.range(row)
-        views = self.augment(self.store.pixels(row), low, high, epoch=epoch, sample=row)
+        try:
+            pixels = self.store.pixels(row)
+        except SslmedError as error:
+            return error
+        views = self.augment(pixels, *self.store.range(row), epoch=epoch, sample=row)
         target = -1 if self.target is None else int(self.target[row])
         return Sample([_tensor(view, self.channels) for view in views], row, target, epoch)
 
 
-class PlainDataset(Dataset[Sample]):
+class PlainDataset(Dataset["Sample | SslmedError"]):
     """The given rows as the network sees them outside training: whole image, no augmentation."""
 
     def __init__(self, store: Store, rows: Rows, modality: Modality, size: int, channels: int) -> None:
@@ -116,10 +120,13 @@ class PlainDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, position: int) -> Sample:
+    def __getitem__(self, position: int) -> "Sample | SslmedError":
         row = int(self.rows[position])
-        low, high = self.store.range(row)
-        view = network_input(self.store.pixels(row), low, high, self.modality, self.size, self.channels)
+        try:
+            pixels = self.store.pixels(row)
+        except SslmedError as error:
+            return error
+        view = network_input(pixels, *self.store.range(row), self.modality, self.size, self.channels)
         return Sample([view], row, -1, 0)
 
 
@@ -185,17 +192,35 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
     return images // batch_size
 
 
-def stream_loader(dataset: ViewDataset, sampler: StreamSampler, workers: int) -> "DataLoader[Any]":
+class Loader(DataLoader[Any]):
+    """A DataLoader that raises our own errors here, in the process that asked."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, SslmedError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TemporaryError(
+                "a reading process died: for want of memory, or of `if __name__ == '__main__':` in your script. "
+                "Try again with fewer data.workers, or with 0."
+            ) from error
+
+
+def stream_loader(dataset: ViewDataset, sampler: StreamSampler, workers: int) -> Loader:
     """Batches in stream order; the same with any number of workers."""
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=Collate(sampler.seed), **_worker_options(workers))
+    return Loader(dataset, batch_sampler=sampler, collate_fn=Collate(sampler.seed), **_worker_options(workers))
 
 
 def plain_loader(
     store: Store, rows: Rows, size: int, modality: Modality, *, channels: int, batch_size: int = 64, workers: int = 0
-) -> "DataLoader[Any]":
+) -> Loader:
     """Batches of one unaugmented view in the order of ``rows``."""
     dataset = PlainDataset(store, rows, modality, size, channels)
-    return DataLoader(dataset, batch_size=batch_size, collate_fn=Collate(0), **_worker_options(workers))
+    return Loader(dataset, batch_size=batch_size, collate_fn=Collate(0), **_worker_options(workers))
 
 
 def network_input(
@@ -206,12 +231,19 @@ def network_input(
 
 
 class Collate:
-    """Stacks samples into a Batch."""
+    """Stacks samples into a Batch. An error among them is handed on: raised in a worker it would become a traceback."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def __call__(self, samples: list[Sample]) -> Batch:
+    def __call__(self, samples: "list[Sample | SslmedError]") -> "Batch | SslmedError":
+        for sample in samples:
+            if isinstance(sample, SslmedError):
+                return sample
+        return self.stack([sample for sample in samples if isinstance(sample, Sample)])
+
+    def stack(self, samples: list[Sample]) -> Batch:
+        """The batch of good samples."""
         views = [torch.stack(parts) for parts in zip(*(sample.views for sample in samples), strict=True)]
         target = torch.tensor([sample.target for sample in samples], dtype=torch.int64)
         ids = torch.tensor([sample.row for sample in samples], dtype=torch.int64)

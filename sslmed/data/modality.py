@@ -139,21 +139,6 @@ def accept(modality: Modality, pixels: Pixels) -> Pixels:
     )
 
 
-def to_channels(pixels: Pixels, n: int) -> Pixels:
-    """(H, W) or (H, W, 3) to (n, H, W), channels first: grey repeated for n = 3, colour averaged (float32) for n = 1.
-
-    Raises:
-        UsageError: n is neither 1 nor 3.
-    """
-    if n not in (1, 3):
-        raise UsageError(f"in_chans is {n}; allowed: 1 or 3")
-    if pixels.ndim == 2:
-        return np.repeat(pixels[None], n, axis=0)
-    if n == 1:
-        return np.asarray(pixels.mean(axis=2, dtype=np.float32)[None])
-    return np.ascontiguousarray(np.moveaxis(pixels, 2, 0))
-
-
 def with_views(modality: Modality, overrides: dict[str, object]) -> Modality:
     """The modality with some knobs of its default view changed.
 

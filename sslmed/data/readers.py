@@ -1,4 +1,4 @@
-"""PNG, JPEG and TIFF files to scans. Whatever the file, a reader returns a `Scan` or raises a `DataError`.
+"""PNG, JPEG and TIFF files to scans. Whatever is wrong with a file, a reader raises a `DataError`.
 
 A decoder's word is not enough: cv2 may hand out a half-decoded picture with no more than a warning, and tifffile
 fills missing strips with zeros. So the file's own structure is walked first: every PNG chunk has a valid CRC up to
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sslmed.config import DataError, MissingInputError
+from sslmed.config import DataError, MissingDependencyError, MissingInputError
 from sslmed.data.scan import Scan
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff"})
@@ -60,7 +60,7 @@ def listing(source: Path) -> tuple[list[Path], list[Path]]:
     known: list[Path] = []
     others: list[Path] = []
     visited: set[str] = set()
-    for folder, folders, files in os.walk(source, followlinks=True):
+    for folder, folders, files in os.walk(source, onerror=_refuse_folder, followlinks=True):
         place = os.path.realpath(folder)
         if place in visited:  # a link that leads back up would never end
             folders.clear()
@@ -74,6 +74,12 @@ def listing(source: Path) -> tuple[list[Path], list[Path]]:
     return sorted(known), sorted(others)
 
 
+def _refuse_folder(error: OSError) -> None:
+    raise DataError(
+        f"the folder {error.filename} cannot be read: {error.strerror}; its images would be missing in silence"
+    )
+
+
 def read(path: Path) -> Scan:
     """Read one image file; its content, not its suffix, says which format it is.
 
@@ -83,9 +89,15 @@ def read(path: Path) -> Scan:
 
     Raises:
         DataError: the file cannot be read, is damaged, truncated, empty, too large or of a kind that is not supported.
+        MissingDependencyError: the file may be good, but a library that it needs is not installed. That is no reason to
+            go on without it in silence.
     """
     try:
         pixels = _decode(_content(path))
+    except MissingDependencyError as error:
+        raise MissingDependencyError(f"{path}: {error}") from None
+    except ModuleNotFoundError:  # of a library that everyone needs: the installation is broken, not the file
+        raise
     except _RefusedError as refusal:
         raise DataError(f"{path}: {refusal}") from None
     except OSError as error:
@@ -227,8 +239,9 @@ def _tiff(content: bytes) -> Pixels:
             if "imagecodecs" not in str(error):
                 raise
             compression = getattr(page.compression, "name", page.compression)
-            raise _RefusedError(
-                f"is a TIFF compressed with {compression}; run `pip install imagecodecs` or save it uncompressed"
+            raise MissingDependencyError(
+                f"is a TIFF compressed with {compression}, which needs imagecodecs: python -m pip install imagecodecs, "
+                "or save it uncompressed, or take it away"
             ) from None
         orientation = page.tags.valueof(274, 1)
     return _turn(_tiff_channels(pixels, page), int(orientation))

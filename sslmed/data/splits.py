@@ -55,20 +55,6 @@ def assign(
     return split_of_group[group]
 
 
-def parse(names: Sequence[str]) -> npt.NDArray[np.uint8]:
-    """Split names, as a CSV has them, to (N,) positions in `SPLITS`; blank is unlabelled.
-
-    Raises:
-        DataError: another name.
-    """
-    known = {name: position for position, name in enumerate(SPLITS)} | {"": UNLABELLED}
-    cleaned = [name.strip().lower() for name in names]
-    for row, name in enumerate(cleaned):
-        if name not in known:
-            raise DataError(f"row {row + 1}: '{names[row]}' is not a split; allowed: {', '.join(SPLITS)}")
-    return np.array([known[name] for name in cleaned], np.uint8)
-
-
 def check(patients: Keys, contents: Keys, splits: npt.NDArray[np.uint8], names: Sequence[str] | None = None) -> None:
     """Refuse a split that puts one patient, or one identical image, on two sides (train and unlabelled are one side).
 

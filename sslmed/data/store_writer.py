@@ -63,7 +63,7 @@ class StoreWriter:
 
     def __init__(self, target: Path, *, modality: str, key_id: str, shard_bytes: int = SHARD_BYTES) -> None:
         self.target = target.absolute()
-        self._modality, self._key_id, self._shard_bytes = modality, key_id, shard_bytes
+        self.modality, self._key_id, self._shard_bytes = modality, key_id, shard_bytes
         self._rows = np.zeros(1024, _ROW)
         self._count = 0
         self._groups: dict[str, int] = {}
@@ -215,7 +215,7 @@ class StoreWriter:
         return {
             "schema": SCHEMA,
             "sslmed": __version__,
-            "modality": self._modality,
+            "modality": self.modality,
             "key_id": self._key_id,
             "split_digest": split_digest,
             "images": self._count,

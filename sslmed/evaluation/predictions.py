@@ -1,7 +1,7 @@
 """Test predictions kept beside a run, so that fine-tuned models can be compared patient by patient afterwards."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,12 @@ class Predictions:
     scores: npt.NDArray[np.float64]
     classes: tuple[str, ...]
 
+    def same_test(self, other: "Predictions") -> bool:
+        """Whether both are of the same images, in one order, with the same truth."""
+        columns = ("row", "patient", "target")  # rows alone could be those of two stores
+        equal = all(np.array_equal(getattr(self, name), getattr(other, name)) for name in columns)
+        return equal and self.classes == other.classes
+
     def write(self, run: Path) -> None:
         """Keep them in the run folder."""
         with write_atomically(run / NAME) as partial, partial.open("w", newline="", encoding="utf-8") as file:
@@ -39,13 +45,19 @@ def read(run: Path) -> Predictions:
     """The test predictions of a fine-tuning run.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or the file is damaged.
     """
     try:
         with (run / NAME).open(newline="", encoding="utf-8") as file:
-            header, *lines = csv.reader(file)
+            return _parse(csv.reader(file))
     except OSError as error:
         raise DataError(f"{run} holds no {NAME}; is it a finished fine-tuning run?") from error
+    except (ValueError, IndexError) as error:
+        raise DataError(f"{run / NAME} is damaged ({error}); fine-tune again") from error
+
+
+def _parse(table: Iterable[list[str]]) -> Predictions:
+    header, *lines = table
     classes = tuple(name.removeprefix("probability:") for name in header[len(_FIXED) :])
     return Predictions(
         np.array([int(line[0]) for line in lines], np.int64),
@@ -65,7 +77,7 @@ def compare(arms: Mapping[str, Sequence[Path]], reference: str, replicates: int 
     read_arms = {arm: [read(run) for run in runs] for arm, runs in arms.items()}
     first = read_arms[reference][0]
     for predictions in (each for each_arm in read_arms.values() for each in each_arm):
-        if not np.array_equal(predictions.row, first.row) or predictions.classes != first.classes:
+        if not predictions.same_test(first):
             raise DataError("the runs were tested on different images; fine-tune them on the same store and target")
     weights = protocol.bootstrap_weights(first.patient, replicates, seed=0)
     scores = {arm: [each.scores for each in runs] for arm, runs in read_arms.items()}

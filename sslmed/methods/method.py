@@ -93,5 +93,5 @@ class Method(pl.LightningModule, ABC):
     @final
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        step = self.trainer.global_step  # counts this step already
+        step = self.trainer.global_step + 1  # Lightning counts this step only after the hook
         self.after_step(Progress(step, self._total_steps, step // self._steps_per_epoch))

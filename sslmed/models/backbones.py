@@ -2,7 +2,7 @@
 
 import difflib
 import functools
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
@@ -55,18 +55,32 @@ def build(config: BackboneConfig, size: int, seed: int) -> Backbone:
             f"; did you mean {' or '.join(near)}?" if near else "; `python -c 'import timm; print(timm.list_models())'`"
         )
         raise UsageError(f"timm has no model named '{config.name}'{hint}")
-    create = functools.partial(
-        timm.create_model, config.name, pretrained=False, in_chans=config.in_chans, num_classes=0
-    )
-    if config.drop_path:
-        create = functools.partial(create, drop_path_rate=config.drop_path)
+    options: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "backbone")[0] % 2**63)
         try:
-            network = create(img_size=size)  # ViTs and Swins are built for one input size
-        except TypeError:
-            network = create()
-    return Backbone(network)
+            network = _create(config, size, options)
+            with torch.inference_mode():  # says now, not at the first step, that the network takes no such input
+                network.eval()(torch.zeros(1, config.in_chans, size, size))
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UsageError(
+                f"timm cannot make {config.name} for {config.in_chans}-channel images of {size} pixels with "
+                f"drop_path {config.drop_path}: {reason}"
+            ) from error
+    return Backbone(network.train())
+
+
+def _create(config: BackboneConfig, size: int, options: dict[str, Any]) -> nn.Module:
+    named = functools.partial(
+        timm.create_model, config.name, pretrained=False, in_chans=config.in_chans, num_classes=0, **options
+    )
+    try:
+        return named(img_size=size)  # ViTs and Swins are built for one input size
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return named()
 
 
 def _pooled_width(network: nn.Module) -> int:

@@ -91,7 +91,7 @@ class Checkpointer(pl.Callback):
         self.every = every
         self.healthy = healthy
         self.signals = SignalWatch()
-        self._random_state: torch.Tensor | None = None
+        self._random_state: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.signals.install()  # Lightning has just taken SIGTERM, and would end without a checkpoint and with code 0
@@ -104,18 +104,21 @@ class Checkpointer(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint[STATE] = {"step": trainer.global_step, "rng": torch.get_rng_state()}
+        gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        checkpoint[STATE] = {"step": trainer.global_step, "rng": torch.get_rng_state(), "cuda_rng": gpus}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._random_state = checkpoint[STATE]["rng"]
+        self._random_state = checkpoint[STATE]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._random_state is not None:  # only now: making the loader's iterator draws from the same state
-            torch.set_rng_state(self._random_state)
+            torch.set_rng_state(self._random_state["rng"])
+            if torch.cuda.is_available() and self._random_state["cuda_rng"]:
+                torch.cuda.set_rng_state_all(self._random_state["cuda_rng"])
             self._random_state = None
 
     def on_train_batch_end(
@@ -135,7 +138,8 @@ class Checkpointer(pl.Callback):
                 "Go on with the same command and --resume.",
                 self.signals.received,
             )
-        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+        last = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if last or trainer.global_step % self.every == 0:
             self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:

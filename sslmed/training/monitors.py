@@ -55,10 +55,15 @@ class Monitor(pl.Callback):
         self._recent: deque[torch.Tensor] = deque()
         self._collapsed_since: int | None = None
         self._speed = _Speed()
-        self._scores: dict[str, float] = {}
+        self._lr = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._speed.restart(trainer.global_step)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # afterwards it is the next step's
 
     def on_train_batch_end(
         self,
@@ -74,13 +79,19 @@ class Monitor(pl.Callback):
         self._remember(pl_module.monitored.get("embeddings"))
         step, total = trainer.global_step, int(trainer.max_steps)
         if step % self.config.log_every == 0 or step == total:
-            self._log(step, total, trainer.optimizers[0].param_groups[0]["lr"], pl_module.monitored)
+            self._log(step, total, pl_module.monitored)
         if (
             self.probe
             and self.config.knn_every
             and (step % (self.config.knn_every * self.epoch_steps) == 0 or step == total)
         ):
             self._run_probe(step, self.probe)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"collapsed_since": self._collapsed_since}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._collapsed_since = state["collapsed_since"]  # or a run that is preempted often would never raise the alarm
 
     def check_finite(self) -> None:
         """Raise when the last loss is not a number.
@@ -94,7 +105,7 @@ class Monitor(pl.Callback):
                 "Lower optim.lr or lengthen optim.warmup, then start a new run."
             )
 
-    def _log(self, step: int, total: int, lr: float, outputs: dict[str, torch.Tensor]) -> None:
+    def _log(self, step: int, total: int, outputs: dict[str, torch.Tensor]) -> None:
         self.check_finite()
         scalars = {name: float(value) for name, value in outputs.items() if value.ndim == 0}
         rate, left = self._speed.measure(step, total)
@@ -102,7 +113,7 @@ class Monitor(pl.Callback):
         self.run.log(
             step,
             epoch=step / self.epoch_steps,
-            lr=lr,
+            lr=self._lr,
             images_per_second=rate * self.images,
             seconds_left=left,
             **scalars,

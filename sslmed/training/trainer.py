@@ -1,7 +1,6 @@
 """The one place that builds a Lightning Trainer."""
 
 import logging
-import os
 import warnings
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
@@ -9,6 +8,7 @@ from typing import Annotated, Literal, Self
 import pytorch_lightning as pl
 import torch
 from pydantic import Field, model_validator
+from pytorch_lightning.plugins.environments import LightningEnvironment  # type: ignore[attr-defined]
 
 from sslmed.config import Config
 from sslmed.data.loading import steps_per_epoch
@@ -24,9 +24,9 @@ class TrainConfig(Config):
         epochs: passes over the data; ``max_steps`` counts optimizer steps instead. Give one of them; default 100
             epochs.
         batch_size: samples an optimizer step, over all processes and accumulated batches.
-        accumulate: parts in which a step's batch is computed, to save memory.
+        accumulate: parts in which a step's batch is computed, to save memory; negatives and BatchNorm see one part.
         precision: ``32``; ``bf16``, mixed; ``auto``, bf16 where the hardware multiplies it (a GPU, or a CPU with AMX).
-        devices: ``auto`` is one GPU if there is one, else the CPU.
+        devices: ``auto`` and 1 are one GPU if there is one, else the CPU; ``cpu`` is the CPU in any case.
         save_every_steps: optimizer steps between checkpoints.
         seed: of every random choice.
     """
@@ -36,7 +36,7 @@ class TrainConfig(Config):
     batch_size: Annotated[int, Field(ge=2, le=1_000_000)] = 256
     accumulate: Annotated[int, Field(ge=1)] = 1
     precision: Literal["auto", "bf16", 32] = "auto"
-    devices: Literal["auto", 1] = "auto"
+    devices: Literal["auto", "cpu", 1] = "auto"
     save_every_steps: Annotated[int, Field(ge=1)] = 500
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
@@ -52,6 +52,8 @@ class TrainConfig(Config):
             raise ValueError(
                 f"batch_size is {self.batch_size} with accumulate {self.accumulate}; give a multiple of it"
             )
+        if self.batch_size // self.accumulate < 2:
+            raise ValueError(f"accumulate is {self.accumulate}; allowed: at most half of batch_size, {self.batch_size}")
         return self
 
     def total_steps(self, images: int) -> int:
@@ -67,14 +69,17 @@ def build_trainer(config: TrainConfig, total_steps: int, callbacks: Sequence[pl.
     """
     silence()
     return pl.Trainer(
-        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        accelerator="gpu" if device(config) == "cuda" else "cpu",
         devices=1,
-        precision=lightning_precision(config.precision),
+        precision=lightning_precision(config),
         max_epochs=1,
         max_steps=total_steps,
         accumulate_grad_batches=config.accumulate,
         callbacks=list(callbacks),
-        plugins=[DurableCheckpointIO()],
+        plugins=[
+            DurableCheckpointIO(),
+            LightningEnvironment(),
+        ],  # else SLURM is noticed, and Lightning requeues by itself
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -84,16 +89,19 @@ def build_trainer(config: TrainConfig, total_steps: int, callbacks: Sequence[pl.
     )
 
 
-def lightning_precision(precision: Literal["auto", "bf16", 32]) -> Literal["bf16-mixed", "32-true"]:
-    """Lightning's name for ``precision`` on this machine. bf16 on a CPU without AMX is many times slower than fp32."""
-    if precision == "auto":
-        precision = "bf16" if _has_fast_bf16() else 32
-    return "bf16-mixed" if precision == "bf16" else "32-true"
+def device(config: TrainConfig) -> Literal["cuda", "cpu"]:
+    """Where training, probes and predictions run."""
+    return "cuda" if config.devices != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def lightning_precision(config: TrainConfig) -> Literal["bf16-mixed", "32-true"]:
+    """Lightning's name for the precision on this machine. bf16 on a CPU without AMX is many times slower than fp32."""
+    bf16 = _has_fast_bf16(device(config)) if config.precision == "auto" else config.precision == "bf16"
+    return "bf16-mixed" if bf16 else "32-true"
 
 
 def silence() -> None:
     """Switch off Lightning's tips, device lines and warnings about choices that are made here on purpose."""
-    os.environ.setdefault("POSSIBLE_USER_WARNINGS", "off")
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
@@ -106,8 +114,8 @@ def silence() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _has_fast_bf16() -> bool:
-    if torch.cuda.is_available():
+def _has_fast_bf16(kind: Literal["cuda", "cpu"]) -> bool:
+    if kind == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.11
     return bool(capabilities.get("amx_bf16", False))

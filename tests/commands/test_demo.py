@@ -46,7 +46,7 @@ def test_the_numbers_are_those_of_the_runs(result: DemoResult) -> None:
     ("difference", "word"), [((0.1, 0.05, 0.2), "helped"), ((-0.1, -0.2, -0.05), "hurt"), ((0.1, -0.1, 0.2), "no diff")]
 )
 def test_the_verdict_follows_the_interval(difference: tuple[float, float, float], word: str) -> None:
-    lines = DemoResult("out", ("a", "b"), (0.8, 0.7, 0.9), (0.7, 0.6, 0.8), difference, 1.0, "next").lines()
+    lines = DemoResult("out", ("a", "b"), 9, (0.8, 0.7, 0.9), (0.7, 0.6, 0.8), difference, 1.0, "next").lines()
     assert any(f"pretraining {word}" in line or word in line for line in lines)
     assert any("SYNTHETIC" in line for line in lines)
 

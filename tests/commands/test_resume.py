@@ -114,9 +114,7 @@ def test_a_signal_ends_the_step_saves_and_says_so(
 
 def test_a_finished_run_may_be_resumed_and_stays_as_it_is(phantom_store: Store, uninterrupted: Path) -> None:
     before = sha256(uninterrupted / "artifact" / "model.safetensors")
-    result = pretrain(
-        "xray/simclr_resnet18", phantom_store.path, uninterrupted, overrides=SETTINGS, resume=True
-    )
+    result = pretrain("xray/simclr_resnet18", phantom_store.path, uninterrupted, overrides=SETTINGS, resume=True)
     assert result.steps == 40
     assert sha256(uninterrupted / "artifact" / "model.safetensors") == before
 

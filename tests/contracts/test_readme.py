@@ -47,7 +47,7 @@ def test_the_python_runs(workplace: Path) -> None:
     (code,) = blocks("python")
     small = ", ".join(f'"{setting}"' for setting in SMALL["pretrain"].split())
     assert code.count('overrides=["train.epochs=50"]') == 1
-    scope: dict[str, object] = {}
+    scope: dict[str, object] = {"__name__": "__main__"}
     exec(code.replace('overrides=["train.epochs=50"]', f"overrides=[{small}]"), scope)  # noqa: S102
     assert sum(parameter.numel() for parameter in scope["backbone"].parameters()) > 0  # type: ignore[attr-defined]
 

@@ -6,6 +6,7 @@ import pytest
 
 from sslmed import shipped as shelf
 from sslmed.commands.finetune import finetune
+from sslmed.commands.ingest import ingest
 from sslmed.commands.pretrain import pretrain
 from sslmed.data.store import Store
 from sslmed.recipe import PretrainRecipe, dump, load
@@ -36,13 +37,23 @@ def test_a_shipped_recipe(recipe: Shipped, tmp_path: Path) -> None:
     assert load(copy) == loaded
 
 
-def test_every_shipped_recipe_runs_two_steps(phantom_store: Store, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def stores(phantom_store: Store, phantom_images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    photo = tmp_path_factory.mktemp("photo") / "store"
+    ingest(phantom_images, photo, modality="photo", labels=phantom_images / "labels.csv")
+    return {"xray": phantom_store.path, "photo": photo}
+
+
+def test_every_shipped_recipe_runs_two_steps(stores: dict[str, Path], tmp_path: Path) -> None:
     settings = ["train.max_steps=2", "train.batch_size=8", "data.workers=0"]
     for each in shipped():
         recipe = load(each.name)
         out = tmp_path / each.name.replace("/", "-")
         if isinstance(recipe, PretrainRecipe):
-            assert pretrain(each.name, phantom_store.path, out, overrides=[*settings, "data.size=32"]).steps == 2
+            assert (
+                pretrain(each.name, stores[each.name.split("/")[0]], out, overrides=[*settings, "data.size=32"]).steps
+                == 2
+            )
         else:
             small = [*settings, "backbone.name=test_resnet", "data.size=32"]
-            assert finetune(each.name, phantom_store.path, out, overrides=small).best_step == 2
+            assert finetune(each.name, stores[each.name.split("/")[0]], out, overrides=small).best_step == 2

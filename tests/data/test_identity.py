@@ -72,21 +72,36 @@ def test_content_depends_on_values_and_shape_not_on_depth_or_layout() -> None:
     assert OTHER.content(pixels) != digest
 
 
-def test_fingerprint_is_sorted_unique_and_independent_of_the_form() -> None:
-    patients = [KEY.patient(f"p{number}") for number in range(50)]
-    made = fingerprint(patients + patients[:7])
-    assert made.shape == (50, 8)
+def patients(*names: str, key: SiteKey = KEY) -> np.ndarray:
+    return np.array([key.patient(name) for name in names], "S32")
+
+
+def images(*numbers: int, key: SiteKey = KEY) -> np.ndarray:
+    return np.array([key.content(np.full((4, 4), number, np.uint8)) for number in numbers], "S64")
+
+
+def test_fingerprint_is_sorted_unique_and_independent_of_order() -> None:
+    names = [f"p{number}" for number in range(50)]
+    made = fingerprint(patients(*names, *names[:7]), images(*range(57)))
+    assert made.shape == (50 + 57, 8)
     assert made.dtype == np.uint8
-    assert [row.tobytes().hex() for row in made] == sorted(patient[:16] for patient in patients)
-    np.testing.assert_array_equal(fingerprint(np.array(patients[::-1], "S32")), made)
-    assert fingerprint([]).shape == (0, 8)
+    expected = [KEY.patient(name)[:16] for name in names] + [image.decode()[:16] for image in images(*range(57))]
+    assert [row.tobytes().hex() for row in made] == sorted(expected)
+    np.testing.assert_array_equal(fingerprint(patients(*names[::-1]), images(*range(57))), made)
+    assert fingerprint(patients(), images()).shape == (0, 8)
 
 
 def test_seen_counts_patients_and_never_says_zero_across_keys() -> None:
-    known = fingerprint(KEY.patient(f"p{number}") for number in range(50))
-    asked = [KEY.patient(f"P{number} ") for number in range(45, 60)] * 2
-    assert seen(known, KEY.id, asked, KEY.id) == 5
-    assert seen(known, KEY.id, [KEY.patient("new")], KEY.id) == 0
-    assert seen(known, KEY.id, [], KEY.id) == 0
-    assert seen(fingerprint([]), KEY.id, asked, KEY.id) == 0
-    assert seen(known, KEY.id, [OTHER.patient("p1")], OTHER.id) is None
+    known = fingerprint(patients(*(f"p{number}" for number in range(50))), images(*range(50)))
+    asked = patients(*[f"P{number} " for number in range(45, 60)] * 2)
+    new = images(*range(100, 130))
+    assert seen(known, KEY.id, asked, new, KEY.id) == 5
+    assert seen(known, KEY.id, patients("new"), images(200), KEY.id) == 0
+    assert seen(known, KEY.id, patients(), images(), KEY.id) == 0
+    assert seen(fingerprint(patients(), images()), KEY.id, asked, new, KEY.id) == 0
+    assert seen(known, KEY.id, patients("p1", key=OTHER), images(1, key=OTHER), OTHER.id) is None
+
+
+def test_a_patient_under_another_name_is_known_by_the_image() -> None:
+    known = fingerprint(patients("scan-001.png", "scan-002.png"), images(1, 2))
+    assert seen(known, KEY.id, patients("Smith", "Smith", "Jones"), images(1, 2, 3), KEY.id) == 1

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from sslmed.config import DataError, UsageError
-from sslmed.data.modality import MODALITIES, accept, named, set_knobs, to_channels, with_views
+from sslmed.data.modality import MODALITIES, accept, named, set_knobs, with_views
 
 XRAY, PHOTO = MODALITIES["xray"], MODALITIES["photo"]
 RNG = np.random.default_rng(0)
@@ -66,16 +66,6 @@ def test_equal_channels_collapse_for_xray_and_colour_is_refused() -> None:
 def test_photo_takes_grey_and_colour_as_they_are() -> None:
     assert accept(PHOTO, RGB) is RGB
     assert accept(PHOTO, RGB[..., 0]).shape == (20, 30)
-
-
-def test_to_channels() -> None:
-    grey = RGB[..., 0].astype(np.float32)
-    np.testing.assert_array_equal(to_channels(grey, 1), grey[None])
-    np.testing.assert_array_equal(to_channels(grey, 3), np.stack([grey] * 3))
-    np.testing.assert_array_equal(to_channels(RGB, 3), np.moveaxis(RGB, 2, 0))
-    np.testing.assert_allclose(to_channels(RGB, 1)[0], RGB.mean(axis=2), rtol=1e-6)
-    with pytest.raises(UsageError, match="2"):
-        to_channels(grey, 2)
 
 
 def test_with_views_changes_only_what_is_asked_and_not_the_shared_instance() -> None:

@@ -3,7 +3,7 @@ import pytest
 
 from sslmed.config import DataError
 from sslmed.data.identity import SiteKey
-from sslmed.data.splits import SPLITS, TEST, TRAIN, UNLABELLED, VAL, assign, check, digest, parse
+from sslmed.data.splits import SPLITS, TEST, TRAIN, UNLABELLED, VAL, assign, check, digest
 
 KEY = SiteKey(bytes(32))
 
@@ -133,12 +133,6 @@ def test_digest_says_who_is_where_in_any_order() -> None:
     moved = splits.copy()
     moved[:2] = (moved[:2] + 1) % 3
     assert digest(patients, moved) != made
-
-
-def test_parse() -> None:
-    assert parse(["train", " Val", "TEST", "", "unlabelled"]).tolist() == [0, 1, 2, 3, 3]
-    with pytest.raises(DataError, match="row 2: 'valid'"):
-        parse(["train", "valid"])
 
 
 def test_an_empty_set() -> None:

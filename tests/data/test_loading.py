@@ -1,0 +1,258 @@
+import multiprocessing
+import os
+import pickle
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import ranks
+import torch
+
+from sslmed.config import UsageError
+from sslmed.data.loading import (
+    MOST_WORKERS,
+    Batch,
+    Collate,
+    DataConfig,
+    StreamSampler,
+    ViewDataset,
+    network_input,
+    plain_loader,
+    steps_per_epoch,
+    stream_loader,
+)
+from sslmed.data.modality import MODALITIES
+from sslmed.data.store import Store
+from sslmed.data.views import letterbox
+
+SIZE = 32
+XRAY, PHOTO = MODALITIES["xray"], MODALITIES["photo"]
+ROWS = np.array([3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377])
+
+Address = tuple[int, int]
+
+
+def stream(batch_size: int = 4, steps: int = 12, seed: int = 0, **how: int) -> list[list[Address]]:
+    return list(StreamSampler(ROWS, batch_size, steps, seed, **how))
+
+
+def flat(batches: list[list[Address]]) -> list[Address]:
+    return [address for batch in batches for address in batch]
+
+
+# Which samples.
+
+
+def test_the_order_is_a_function_of_the_seed_alone() -> None:
+    assert stream(seed=1) == stream(seed=1)
+    assert stream(seed=1) != stream(seed=2)
+    before = stream(seed=1)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    assert stream(seed=1) == before
+    assert stream(seed=1, steps=20)[:12] == before  # a longer training begins like a shorter one
+
+
+def test_every_epoch_is_a_permutation_of_its_own_without_repeats() -> None:
+    batches = stream(batch_size=4, steps=12)  # eleven rows: two steps an epoch, three rows left out
+    assert steps_per_epoch(len(ROWS), 4) == 2
+    orders = []
+    for epoch in range(6):
+        addresses = flat(batches[2 * epoch : 2 * epoch + 2])
+        assert {number for number, _ in addresses} == {epoch}
+        rows = [row for _, row in addresses]
+        assert len(set(rows)) == len(rows) == 8
+        assert set(rows) < set(ROWS.tolist())
+        orders.append(tuple(rows))
+    assert len(set(orders)) == 6
+    assert {row for order in orders for row in order} == set(ROWS.tolist())  # the left-out rows differ
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 5, 11, 12])
+def test_a_resumed_stream_is_the_tail_of_the_whole(start: int) -> None:
+    assert stream(start=start) == stream()[start:]
+
+
+def test_the_length_is_of_the_whole_stream_even_when_resumed() -> None:
+    """Lightning counts its batches from the start of the stream."""
+    assert len(StreamSampler(ROWS, 4, 12, 0)) == len(StreamSampler(ROWS, 4, 12, 0, start=7)) == 12
+    assert len(StreamSampler(ROWS, 4, 12, 0, accumulate=2)) == 24
+
+
+def test_ranks_take_slices_of_the_same_global_batch() -> None:
+    whole = stream()
+    slices = [stream(rank=rank, world_size=2) for rank in range(2)]
+    assert [first + second for first, second in zip(*slices, strict=True)] == whole
+    assert {len(batch) for rank in slices for batch in rank} == {2}
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_accumulated_parts_join_to_the_same_global_batch(start: int) -> None:
+    parts = stream(accumulate=2, start=2 * start)
+    joined = [parts[number] + parts[number + 1] for number in range(0, len(parts), 2)]
+    assert joined == stream(start=start)
+
+
+def test_ranks_and_parts_together() -> None:
+    """Each part is a global micro-batch, of which each rank takes its slice."""
+    slices = [stream(rank=rank, world_size=2, accumulate=2) for rank in range(2)]
+    micro = [first + second for first, second in zip(*slices, strict=True)]
+    assert micro == stream(accumulate=2)
+
+
+def test_more_samples_a_step_than_images_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match=r"train\.batch_size is 12, but there are 11 .*train\.batch_size=11"):
+        StreamSampler(ROWS, 12, 1, 0)
+    assert steps_per_epoch(11, 11) == 1
+
+
+@pytest.mark.parametrize("how", [{"accumulate": 3}, {"world_size": 3}, {"accumulate": 2, "world_size": 4}])
+def test_a_batch_that_cannot_be_divided_is_a_usage_error(how: dict[str, int]) -> None:
+    parts = how.get("accumulate", 1) * how.get("world_size", 1)
+    with pytest.raises(UsageError, match=rf"train\.batch_size is 4.* {parts}"):
+        StreamSampler(ROWS, 4, 1, 0, **how)
+
+
+# What is made of them.
+
+
+@pytest.fixture(scope="module")
+def dataset(phantom_store: Store) -> ViewDataset:
+    return ViewDataset(phantom_store, XRAY, (XRAY.view, XRAY.view), SIZE, 1, seed=0, target="finding")
+
+
+def batches(dataset: ViewDataset, store: Store, workers: int, start: int = 0) -> Iterator[Batch]:
+    sampler = StreamSampler(store.rows("train")[:8], 4, steps=5, seed=0, start=start)
+    return iter(stream_loader(dataset, sampler, workers))
+
+
+def assert_same(one: Batch, two: Batch) -> None:
+    assert torch.equal(one.ids, two.ids)
+    assert torch.equal(one.target, two.target)
+    assert (one.seed, one.epoch) == (two.seed, two.epoch)
+    for first, second in zip(one.views, two.views, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_workers_give_the_same_samples_in_the_same_order(dataset: ViewDataset, phantom_store: Store) -> None:
+    ranks.context()  # workers come from one forkserver that has the heavy imports done
+    alone = list(batches(dataset, phantom_store, 0))
+    iterator = batches(dataset, phantom_store, 2)
+    helped = [next(iterator)]
+    workers = multiprocessing.active_children()
+    assert len(workers) >= 2
+    for worker in workers:  # a Ctrl-C reaches them too, and the parent still wants to finish its step
+        os.kill(worker.pid or 0, signal.SIGINT)
+        os.kill(worker.pid or 0, signal.SIGTERM)
+    helped += iterator
+    assert len(alone) == len(helped) == 5
+    for one, two in zip(alone, helped, strict=True):
+        assert_same(one, two)
+    resumed = list(batches(dataset, phantom_store, 0, start=3))
+    for one, two in zip(alone[3:], resumed, strict=True):
+        assert_same(one, two)
+
+
+def test_a_batch_says_everything_that_a_method_needs(dataset: ViewDataset, phantom_store: Store) -> None:
+    seen = list(batches(dataset, phantom_store, 0))
+    assert [batch.epoch for batch in seen] == [0, 0, 1, 1, 2]
+    target = phantom_store.target("finding")
+    for batch in seen:
+        assert [view.shape for view in batch.views] == [(4, 1, SIZE, SIZE)] * 2
+        assert {view.dtype for view in batch.views} == {torch.float32}
+        assert not torch.equal(*batch.views)
+        assert batch.target.tolist() == target[batch.ids.numpy()].tolist()
+        assert batch.seed == 0
+    first_epoch = {int(row): view for batch in seen[:2] for row, view in zip(batch.ids, batch.views[0], strict=True)}
+    for batch in seen[2:4]:
+        for row, view in zip(batch.ids, batch.views[0], strict=True):
+            assert not torch.equal(view, first_epoch[int(row)])  # no epoch repeats an augmentation
+
+
+def test_without_a_target_labels_are_minus_one(phantom_store: Store) -> None:
+    dataset = ViewDataset(phantom_store, XRAY, (XRAY.view,), SIZE, 1, seed=0, target=None)
+    assert next(batches(dataset, phantom_store, 0)).target.tolist() == [-1] * 4
+
+
+def test_a_batch_moves_with_everything_it_holds() -> None:
+    batch = Batch([torch.zeros(2, 1, 4, 4)] * 2, torch.zeros(2), torch.arange(2), seed=3, epoch=4)
+    moved = batch.to("meta", non_blocking=True)
+    assert {tensor.device.type for tensor in (*moved.views, moved.target, moved.ids)} == {"meta"}
+    assert (moved.seed, moved.epoch) == (3, 4)
+
+
+def test_views_of_several_sizes_stack_each_by_itself() -> None:
+    from sslmed.data.loading import Sample
+
+    samples = [Sample([torch.zeros(1, 8, 8), torch.zeros(1, 4, 4)], row, 0, 2) for row in (5, 6, 7)]
+    batch = Collate(9)(samples)
+    assert [view.shape for view in batch.views] == [(3, 1, 8, 8), (3, 1, 4, 4)]
+    assert (batch.ids.tolist(), batch.seed, batch.epoch) == ([5, 6, 7], 9, 2)
+
+
+def test_it_can_be_sent_to_a_worker(dataset: ViewDataset, phantom_store: Store) -> None:
+    row = int(phantom_store.rows("train")[0])
+    before = dataset[0, row]
+    after = pickle.loads(pickle.dumps(dataset))[0, row]  # noqa: S301
+    assert torch.equal(before.views[0], after.views[0])
+
+
+# Whole images.
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_plain_batches_come_in_the_order_of_the_rows(batch_size: int, phantom_store: Store) -> None:
+    rows = phantom_store.rows("val")[[4, 0, 3, 1]]
+    loader = plain_loader(phantom_store, rows, SIZE, XRAY, channels=1, batch_size=batch_size)
+    seen = list(loader)
+    assert len(seen) == -(-4 // batch_size)
+    assert torch.cat([batch.ids for batch in seen]).tolist() == rows.tolist()
+    images = torch.cat([batch.views[0] for batch in seen])
+    for row, image in zip(rows.tolist(), images, strict=True):
+        low, high = phantom_store.range(row)
+        expected = XRAY.normalise(letterbox(phantom_store.pixels(row), SIZE, low), low, high)
+        np.testing.assert_array_equal(image[0].numpy(), expected)
+
+
+def test_network_input_pads_with_the_darkest_value() -> None:
+    image = np.full((10, 40), 3000, np.uint16)
+    tensor = network_input(image, 1000, 3000, XRAY, 40, 1)
+    assert tensor.shape == (1, 40, 40)
+    assert tensor[0, 20, 20] == 2
+    assert tensor[0, 0, 0] == -2
+
+
+def test_grey_is_repeated_for_a_network_with_colour_input() -> None:
+    image = np.random.default_rng(0).integers(0, 4096, (40, 40), dtype=np.uint16)
+    one, three = (network_input(image, 0, 4095, XRAY, SIZE, channels) for channels in (1, 3))
+    assert three.shape == (3, SIZE, SIZE)
+    assert torch.equal(three, one.expand(3, -1, -1))
+
+
+def test_colour_goes_channels_first_and_never_into_a_grey_network() -> None:
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[..., 2] = 255
+    tensor = network_input(image, 0, 255, PHOTO, 8, 3)
+    assert tensor.shape == (3, 8, 8)
+    assert (tensor[2] > 2).all()
+    assert (tensor[:2] < 0).all()
+    with pytest.raises(UsageError, match=r"backbone\.in_chans is 1.*3-channel"):
+        network_input(image, 0, 255, PHOTO, 8, 1)
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 0), (2, 0), (3, 1), (6, 4), (64, MOST_WORKERS)])
+def test_auto_leaves_two_cores_to_the_trainer(cores: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    assert DataConfig().worker_count() == workers
+    assert DataConfig(workers=5).worker_count() == 5
+
+
+@pytest.mark.parametrize("settings", [{"size": 8}, {"workers": -1}, {"workers": "many"}, {"sizes": 96}])
+def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        DataConfig(**settings)

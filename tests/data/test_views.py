@@ -1,0 +1,346 @@
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from sslmed.data.modality import MODALITIES
+from sslmed.data.views import Augment, ViewConfig, letterbox, shrink
+
+SIZE = 32
+XRAY = MODALITIES["xray"]
+SQUARE: dict[str, Any] = {"crop": (1, 1), "aspect": (1, 1)}  # with every other knob at its default: does nothing
+NEUTRAL = ViewConfig(**SQUARE)
+RANDOM = np.random.default_rng(0)
+GREY = RANDOM.integers(0, 65536, (SIZE, SIZE), dtype=np.uint16)
+RGB = RANDOM.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+
+# For each knob the settings without it and with it, and the picture that shows it.
+KNOBS: dict[str, tuple[dict[str, Any], dict[str, Any], np.ndarray]] = {
+    "crop": (SQUARE, {"crop": (0.3, 0.5)}, GREY),
+    "aspect": (SQUARE | {"crop": (0.5, 0.5)}, {"aspect": (0.5, 0.5)}, GREY),
+    "hflip": (SQUARE, {"hflip": 1}, GREY),
+    "vflip": (SQUARE, {"vflip": 1}, GREY),
+    "rot90": (SQUARE, {"rot90": 1}, GREY),
+    "rotate": (SQUARE, {"rotate": 20}, GREY),
+    "brightness": (SQUARE, {"brightness": 0.5}, GREY),
+    "contrast": (SQUARE, {"contrast": 0.5}, GREY),
+    "gamma": (SQUARE, {"gamma": 0.5}, GREY),
+    "blur": (SQUARE | {"blur_sigma": (0.5, 1)}, {"blur": 1}, GREY),
+    "blur_sigma": (SQUARE | {"blur": 1, "blur_sigma": (0.5, 0.5)}, {"blur_sigma": (3, 3)}, GREY),
+    "noise": (SQUARE, {"noise": 0.5}, GREY),
+    "colour": (SQUARE, {"colour": 0.5}, RGB),
+    "grey": (SQUARE, {"grey": 1}, RGB),
+}
+
+
+def as_it_is(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
+    return pixels.astype(np.float32)
+
+
+def unit(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
+    return (pixels.astype(np.float32) - np.float32(low)) / np.float32(high - low)
+
+
+def views(config: ViewConfig, pixels: np.ndarray, count: int, size: int = SIZE, normalise: Any = unit) -> np.ndarray:
+    """``count`` views of one picture, (count, size, size[, 3]); unit scale, so that a grey picture fills 0 to 1."""
+    augment = Augment((config,), size, normalise, seed=0)
+    high = float(np.iinfo(pixels.dtype).max)
+    return np.stack([augment(pixels, 0, high, epoch=0, sample=sample)[0] for sample in range(count)])
+
+
+# Which views.
+
+
+def test_a_view_is_a_function_of_seed_epoch_and_sample_alone() -> None:
+    configs = (XRAY.view, XRAY.view)
+    augment = Augment(configs, SIZE, XRAY.normalise, seed=3)
+    first = augment(GREY, 0, 65535, epoch=2, sample=7)
+    augment(GREY, 0, 65535, epoch=5, sample=1)  # what was drawn before does not matter
+    np.random.seed(1)  # nor does anybody's global random state
+    again = augment(GREY, 0, 65535, epoch=2, sample=7)
+    other_process = pickle.loads(pickle.dumps(augment))(GREY, 0, 65535, epoch=2, sample=7)  # noqa: S301
+    for one, two, three in zip(first, again, other_process, strict=True):
+        np.testing.assert_array_equal(one, two)
+        np.testing.assert_array_equal(one, three)
+    other_seed = Augment(configs, SIZE, XRAY.normalise, seed=4)(GREY, 0, 65535, epoch=2, sample=7)
+    assert not np.array_equal(first[0], other_seed[0])
+
+
+def test_no_two_epochs_or_samples_or_views_share_an_augmentation() -> None:
+    """The picture is always the same, so equal bytes mean equal augmentations."""
+    augment = Augment((XRAY.view, XRAY.view), SIZE, XRAY.normalise, seed=0)
+    made = [
+        view.tobytes()
+        for epoch in range(25)
+        for sample in range(12)
+        for view in augment(GREY, 0, 65535, epoch=epoch, sample=sample)
+    ]
+    assert len(made) == 600
+    assert len(set(made)) == len(made)
+
+
+def test_geometry_alone_differs_between_epochs() -> None:
+    augment = Augment((ViewConfig(crop=(0.2, 0.9), rotate=30),), SIZE, XRAY.normalise, seed=0)
+    made = {augment(GREY, 0, 65535, epoch=epoch, sample=0)[0].tobytes() for epoch in range(100)}
+    assert len(made) == 100
+
+
+def test_a_view_has_its_own_settings() -> None:
+    augment = Augment((NEUTRAL, ViewConfig(**SQUARE, hflip=1)), SIZE, as_it_is, seed=0)
+    still, mirrored = augment(GREY, 0, 1, epoch=0, sample=0)
+    np.testing.assert_array_equal(still, GREY)
+    np.testing.assert_array_equal(mirrored, GREY[:, ::-1])
+
+
+# What the knobs do.
+
+
+@pytest.mark.parametrize("pixels", [GREY, RGB, (GREY >> 8).astype(np.uint8)], ids=["16 bit", "colour", "8 bit"])
+def test_neutral_does_nothing(pixels: np.ndarray) -> None:
+    for view in views(NEUTRAL, pixels, 5, normalise=as_it_is):
+        assert view.dtype == np.float32
+        np.testing.assert_array_equal(view, pixels)
+
+
+def test_every_knob_is_tried_here() -> None:
+    assert set(KNOBS) == set(ViewConfig.model_fields)
+
+
+@pytest.mark.parametrize("knob", KNOBS)
+def test_every_knob_does_something(knob: str) -> None:
+    without, with_it, pixels = KNOBS[knob]
+    before = views(ViewConfig(**without), pixels, 8)
+    after = views(ViewConfig(**(without | with_it)), pixels, 8)
+    changed = [not np.allclose(one, two, atol=1e-4) for one, two in zip(before, after, strict=True)]
+    assert sum(changed) >= (5 if knob == "rot90" else 8)
+    assert after.shape == before.shape
+    assert after.dtype == np.float32
+
+
+@pytest.mark.parametrize("knob", [knob for knob in KNOBS if KNOBS[knob][2] is GREY])
+def test_every_knob_of_grey_pictures_takes_colour_too(knob: str) -> None:
+    without, with_it, _ = KNOBS[knob]
+    assert views(ViewConfig(**(without | with_it)), RGB, 2).shape == (2, SIZE, SIZE, 3)
+
+
+def test_colour_knobs_leave_grey_pictures_alone() -> None:
+    for view in views(ViewConfig(**SQUARE, colour=1, grey=1), GREY, 3, normalise=as_it_is):
+        np.testing.assert_array_equal(view, GREY)
+
+
+def ramps(height: int, width: int) -> np.ndarray:
+    """Column and row numbers as 16-bit channels, 256 a pixel: what a view shows of the picture can be read from it."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.dstack([columns, rows, 0 * rows]).astype(np.uint16) * 256
+
+
+def test_crops_keep_to_area_and_aspect_and_reach_both_ends() -> None:
+    height, width = 120, 160
+    config = ViewConfig(crop=(0.2, 0.6), aspect=(0.5, 2))
+    made = views(config, ramps(height, width), 200, normalise=as_it_is) / 256
+    inner = made[:, 2:-2, 2:-2]  # the border is interpolated differently
+    step = np.diff(inner.mean(axis=1)[..., 0], axis=1).mean(axis=1)  # source columns an output pixel
+    down = np.diff(inner.mean(axis=2)[..., 1], axis=1).mean(axis=1)
+    area, aspect = step * down * SIZE**2 / (height * width), step / down
+    assert 0.2 * 0.93 < area.min() < 0.25
+    assert 0.55 < area.max() < 0.6 * 1.07
+    assert 0.5 * 0.93 < aspect.min() < 0.6
+    assert 1.7 < aspect.max() < 2 * 1.07
+    middle = made[:, SIZE // 2, SIZE // 2]
+    assert middle[:, 0].std() > 15  # the place of the crop varies too
+    assert middle[:, 1].std() > 10
+
+
+def test_rotation_reaches_its_bound_either_way_and_no_further() -> None:
+    made = views(ViewConfig(**SQUARE, rotate=15), ramps(64, 64), 120, size=64, normalise=as_it_is)[:, 24:40, 24:40, 0]
+    across, down = np.diff(made, axis=2).mean(axis=(1, 2)), np.diff(made, axis=1).mean(axis=(1, 2))
+    angle = np.degrees(np.arctan2(down, across))
+    assert -15.1 < angle.min() < -13
+    assert 13 < angle.max() < 15.1
+    assert abs(angle.mean()) < 3
+
+
+def test_rotation_shows_no_empty_corner() -> None:
+    bright = np.full((SIZE, SIZE), 60000, np.uint16)
+    np.testing.assert_array_equal(views(ViewConfig(**SQUARE, rotate=45), bright, 10, normalise=as_it_is), 60000)
+
+
+@pytest.mark.parametrize(("knob", "axis"), [("hflip", 1), ("vflip", 0)])
+def test_flips_come_as_often_as_asked(knob: str, axis: int) -> None:
+    made = views(ViewConfig(**SQUARE, **{knob: 0.3}), GREY, 300, normalise=as_it_is)
+    flipped = np.array([np.array_equal(view, np.flip(GREY, axis)) for view in made])
+    still = np.array([np.array_equal(view, GREY) for view in made])
+    assert (flipped ^ still).all()
+    assert 0.21 < flipped.mean() < 0.39  # 3.4 standard deviations
+
+
+def test_quarter_turns_are_equally_likely() -> None:
+    made = views(ViewConfig(**SQUARE, rot90=1), GREY, 400, normalise=as_it_is)
+    turned = [sum(np.array_equal(view, np.rot90(GREY, turns)) for view in made) for turns in range(4)]
+    assert sum(turned) == 400
+    assert min(turned) > 70
+
+
+def test_brightness_shifts_within_its_bound() -> None:
+    shift = (views(ViewConfig(**SQUARE, brightness=0.4), GREY, 200) - unit(GREY, 0, 65535)).reshape(200, -1)
+    assert shift.std(axis=1).max() < 1e-5  # the same for every pixel
+    assert -0.4 <= shift.min() < -0.36
+    assert 0.36 < shift.max() <= 0.4 + 1e-5
+    assert abs(shift.mean()) < 0.06
+
+
+def test_contrast_scales_about_the_mean_within_its_bound() -> None:
+    before, after = unit(GREY, 0, 65535), views(ViewConfig(**SQUARE, contrast=0.4), GREY, 200)
+    np.testing.assert_allclose(after.mean(axis=(1, 2)), before.mean(), atol=1e-4)
+    factor = after.std(axis=(1, 2)) / before.std()
+    assert 0.6 - 1e-4 < factor.min() < 0.64
+    assert 1.36 < factor.max() < 1.4 + 1e-4
+
+
+def test_intensity_is_never_clipped() -> None:
+    """Normalised images live on both sides of 0 and 1; what clips them there destroys them."""
+    after = views(ViewConfig(**SQUARE, brightness=2, contrast=0.5), GREY, 50, normalise=XRAY.normalise)
+    assert after.min() < -3.5
+    assert after.max() > 3.5
+    assert len(np.unique(after[0])) > 0.9 * len(np.unique(XRAY.normalise(GREY, 0, 65535)))
+
+
+def test_gamma_bends_between_minimum_and_maximum_within_its_bound() -> None:
+    before, after = unit(GREY, 0, 65535), views(ViewConfig(**SQUARE, gamma=0.3), GREY, 200)
+    np.testing.assert_allclose(after.min(axis=(1, 2)), before.min(), atol=1e-5)
+    np.testing.assert_allclose(after.max(axis=(1, 2)), before.max(), atol=1e-5)
+    order = np.argsort(before, axis=None)
+    assert (np.diff(after.reshape(200, -1)[:, order], axis=1) >= -1e-6).all()
+    place = np.unravel_index(np.argmin(np.abs(before - 0.5)), before.shape)
+    span = before.max() - before.min()
+    exponent = np.log((after[:, *place] - before.min()) / span) / np.log((before[place] - before.min()) / span)
+    assert -0.301 < np.log(exponent).min() < -0.27
+    assert 0.27 < np.log(exponent).max() < 0.301
+
+
+def test_gamma_of_a_constant_view_is_finite() -> None:
+    flat = np.full((SIZE, SIZE), 1000, np.uint16)
+    np.testing.assert_allclose(views(ViewConfig(**SQUARE, gamma=1), flat, 3), 1000 / 65535, rtol=1e-5)
+
+
+def test_noise_is_additive_and_bounded_in_strength() -> None:
+    noise = (views(ViewConfig(**SQUARE, noise=0.2), GREY, 100) - unit(GREY, 0, 65535)).reshape(100, -1)
+    sigma = noise.std(axis=1)
+    assert 0.18 < sigma.max() < 0.2 * 1.08
+    assert sigma.min() < 0.02
+    assert abs(noise.mean()) < 0.005
+
+
+def test_blur_smooths_as_often_as_asked_and_keeps_the_mean() -> None:
+    before = unit(GREY, 0, 65535)
+    after = views(ViewConfig(**SQUARE, blur=0.4, blur_sigma=(1, 2)), GREY, 200)
+    smoothed = after.std(axis=(1, 2)) < 0.5 * before.std()
+    assert 0.28 < smoothed.mean() < 0.52
+    np.testing.assert_array_equal(after[~smoothed][0], before)
+    np.testing.assert_allclose(after.mean(axis=(1, 2)), before.mean(), atol=0.03)
+
+
+def test_colour_scales_each_channel_by_itself_and_grey_drops_it() -> None:
+    ratio = views(ViewConfig(**SQUARE, colour=0.3), RGB, 100)[:, 5, 5] / unit(RGB, 0, 255)[5, 5]
+    assert 0.7 - 1e-4 < ratio.min() < 0.74
+    assert 1.26 < ratio.max() < 1.3 + 1e-4
+    assert np.abs(ratio[:, 0] - ratio[:, 1]).max() > 0.2
+    grey = views(ViewConfig(**SQUARE, grey=1), RGB, 1)[0]
+    np.testing.assert_allclose(grey, np.repeat(unit(RGB, 0, 255).mean(axis=2, keepdims=True), 3, axis=2), rtol=1e-5)
+
+
+# Bit depth.
+
+
+def test_geometry_works_on_the_stored_dtype_and_keeps_its_range() -> None:
+    """albumentations turns uint16 into float64 and clips to [0, 1] or to 8 bits in places; nothing here may."""
+    seen: list[np.ndarray] = []
+
+    def note(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
+        seen.append(pixels)
+        return pixels.astype(np.float32)
+
+    config = ViewConfig(crop=(0.3, 1), hflip=0.5, vflip=0.5, rot90=0.5, rotate=30)
+    steep = np.zeros((96, 80), np.uint16)
+    steep[:, 40:] = 65535
+    steep[24:72, 20:60] = 40000 + np.arange(40, dtype=np.uint16)
+    for pixels in (steep, np.dstack([steep] * 3)):
+        seen.clear()
+        made = views(config, pixels, 20, normalise=note)
+        assert {crop.dtype for crop in seen} == {np.dtype(np.uint16)}
+        assert {crop.shape for crop in seen} == {made.shape[1:]}
+        assert made.max() == 65535
+        assert made.min() == 0
+        assert ((made >= 40000) & (made < 40040)).sum() > 2000
+        assert set(range(40002, 40038)) <= set(np.unique(made))  # grey values that differ by 1 are still there
+
+
+# Whole images.
+
+
+@pytest.mark.parametrize("shape", [(40, 100), (100, 40), (64, 64), (7, 9), (300, 2), (2, 300), (1, 1), (33, 32)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [(), (3,)], ids=["grey", "rgb"])
+def test_letterbox_keeps_aspect_and_fills_the_rest(
+    shape: tuple[int, int], dtype: type[np.unsignedinteger[Any]], channels: tuple[int, ...]
+) -> None:
+    boxed = letterbox(np.full((*shape, *channels), 200, dtype), SIZE, fill=7.0)
+    assert boxed.shape == (SIZE, SIZE, *channels)
+    assert boxed.dtype == dtype
+    assert set(np.unique(boxed)) <= {7, 200}
+    rows, columns = (np.unique(where) for where in np.nonzero(boxed == 200)[:2])
+    scale = SIZE / max(shape)
+    for found, length in ((rows, shape[0]), (columns, shape[1])):
+        assert len(found) == found[-1] - found[0] + 1 == max(1, round(length * scale))
+        assert abs(found[0] - (SIZE - 1 - found[-1])) <= 1  # in the middle
+    assert max(len(rows), len(columns)) == SIZE
+
+
+@pytest.mark.parametrize("shape", [(40, 100), (100, 40), (64, 64), (10, 14)])
+def test_letterbox_cuts_nothing_off(shape: tuple[int, int]) -> None:
+    image = np.full(shape, 1000, np.uint16)
+    mark = max(2, max(shape) // 16)
+    for number, (row, column) in enumerate(((0, 0), (0, -mark), (-mark, 0), (-mark, -mark)), start=2):
+        image[row:, column:][:mark, :mark] = number * 10000
+    boxed = letterbox(image, SIZE, fill=0)
+    rows, columns = (np.unique(where) for where in np.nonzero(boxed))
+    corners = [boxed[row, column] for row in (rows[0], rows[-1]) for column in (columns[0], columns[-1])]
+    assert corners == [20000, 30000, 40000, 50000]
+
+
+def test_letterbox_of_the_size_itself_is_the_image() -> None:
+    np.testing.assert_array_equal(letterbox(GREY, SIZE, fill=0), GREY)
+
+
+def test_shrink_averages_areas_and_leaves_small_images() -> None:
+    image = RANDOM.integers(0, 65536, (64, 96), dtype=np.uint16)
+    blocks = image.reshape(32, 2, 48, 2).mean(axis=(1, 3))
+    shrunk = shrink(image, 32)
+    assert shrunk.dtype == np.uint16
+    np.testing.assert_allclose(shrunk, blocks, atol=0.51)
+    assert shrink(image, 64) is image
+    assert shrink(image, 1000) is image
+    assert shrink(np.zeros((300, 200, 3), np.uint8), 100).shape == (150, 100, 3)
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"crop": (0.9, 0.1)}, "the smaller first"),
+        ({"crop": (0, 1)}, "above 0"),
+        ({"crop": (0.5, 1.1)}, "at most 1"),
+        ({"aspect": (2, 1)}, "aspect"),
+        ({"blur_sigma": (0, 1)}, "blur_sigma"),
+        ({"hflip": 1.1}, "hflip"),
+        ({"rotate": -1}, "rotate"),
+        ({"solarize": 1}, "solarize"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        ViewConfig(**settings)
