@@ -94,6 +94,6 @@ def commit() -> str:
     if head.returncode:
         return "unknown"
     changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", "../sslmed"], capture_output=True, text=True, check=False
+        [*git, "status", "--porcelain", "--", "../sslmed", "*.py"], capture_output=True, text=True, check=False
     )
     return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")

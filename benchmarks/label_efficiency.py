@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import hashlib
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,15 @@ import sslmed
 from sslmed.data import modality
 from sslmed.data.loading import plain_loader
 from sslmed.data.store import Store
+from sslmed.durable import sha256
 from sslmed.evaluation import predictions, probes, protocol
 from sslmed.models.backbones import BackboneConfig, build
 
 HERE = Path(__file__).parent
 RESULTS, TABLE = HERE / "results" / "label_efficiency", HERE.parent / "docs" / "label_efficiency.md"
 COMMAND = "python benchmarks/label_efficiency.py --source ../shared/data/xray_pneumonia"
-RECIPE, SIZE, TARGET = "xray/simclr_resnet18", plain_loop.SIZE, "label"
+RECIPE, FINETUNE_RECIPE = "xray/simclr_resnet18", "xray/classification"
+SIZE, TARGET = plain_loop.SIZE, "label"
 BUDGETS, SEEDS, REPLICATES = "1%,10%,100%", tuple(range(5)), 2000
 EPOCHS = 6  # of both pretrained arms; the recipe's own default is more
 FINETUNE_STEPS = {"1%": 40, "10%": 80, "100%": 160}  # the same for every start
@@ -61,7 +64,7 @@ class Benchmark:
         if stage == "plain":
             self._cell("pretrain-plain", lambda: plain_loop.pretrain(self.store, EPOCHS, 0, self.work / "plain.pt"))
         elif stage == "sslmed":
-            self._cell("pretrain-sslmed", self._pretrain, recipe=_recipe_text())
+            self._cell("pretrain-sslmed", self._pretrain, recipe=_recipe_text(RECIPE))
         elif stage == "linear":
             self._linear()
         elif stage.startswith("finetune-"):
@@ -73,11 +76,18 @@ class Benchmark:
         return self.cells.run(name, compute, epochs=EPOCHS, split=self.store.split_digest, **settings)
 
     def _pretrain(self) -> dict[str, Any]:
+        shutil.rmtree(self.work / "sslmed", ignore_errors=True)  # whole in one sitting, or its CPU time would not count
         overrides = [f"train.epochs={EPOCHS}", "monitor.knn_every=0", "data.workers=0"]
-        result = sslmed.pretrain(
-            RECIPE, self.store.path, self.work / "sslmed", overrides=overrides, resume=(self.work / "sslmed").exists()
-        )
+        result = sslmed.pretrain(RECIPE, self.store.path, self.work / "sslmed", overrides=overrides)
         return {"steps": result.steps, "loss": round(result.metrics["loss"], 4)}
+
+    def _weights(self, arm: str) -> str:
+        """What a later cell depends on."""
+        if arm == "random":
+            return "random"
+        return sha256(
+            self.work / "plain.pt" if arm == "plain" else self.work / "sslmed" / "artifact" / "model.safetensors"
+        )
 
     def _network(self, arm: str, seed: int) -> nn.Module:
         """The frozen network of an arm; random weights are drawn anew for each label draw."""
@@ -110,6 +120,7 @@ class Benchmark:
                 self._cell(
                     name,
                     lambda arms=arms, reference=reference: _summary(self.store, arms, target[test], test, reference),
+                    **self._linear_settings(),
                 )
 
     def _finetune(self, arm: str) -> None:
@@ -120,6 +131,8 @@ class Benchmark:
                     name,
                     lambda budget=budget, seed=seed, steps=steps: self._finetune_one(arm, budget, seed, steps),
                     steps=steps,
+                    start=self._weights(arm),
+                    recipe=_recipe_text(FINETUNE_RECIPE),
                 )
 
     def _finetune_one(self, arm: str, budget: str, seed: int, steps: int) -> dict[str, Any]:
@@ -132,7 +145,7 @@ class Benchmark:
         if arm == "random":
             start, overrides = "random", [*overrides, "backbone.name=resnet18", f"data.size={SIZE}"]
         result = sslmed.finetune(
-            "xray/classification", self.store.path, out, start=start, overrides=overrides, resume=out.exists()
+            FINETUNE_RECIPE, self.store.path, out, start=start, overrides=overrides, resume=out.exists()
         )
         return {"auroc": result.test["auroc"][0], "images": result.train_images, "patients": result.train_patients}
 
@@ -147,6 +160,8 @@ class Benchmark:
                 f"finetune-{budget}-against-random",
                 lambda runs=runs: _as_json(predictions.compare(runs, "random", REPLICATES)),
                 steps=FINETUNE_STEPS[budget],
+                start=self._weights("sslmed"),
+                recipe=_recipe_text(FINETUNE_RECIPE),
             )
         linear = {
             (budget, reference): self._read(f"linear-{budget}-against-{reference}")
@@ -158,7 +173,10 @@ class Benchmark:
         def missing() -> dict[str, Any]:
             raise SystemExit(f"the cell {name} is missing; run the stage linear first")
 
-        return self._cell(name, missing)
+        return self._cell(name, missing, **self._linear_settings())
+
+    def _linear_settings(self) -> dict[str, Any]:
+        return {"weights": {arm: self._weights(arm) for arm in ("plain", "sslmed")}}
 
     def _rows(self, split: str) -> npt.NDArray[np.int64]:
         rows = self.store.rows(split)
@@ -211,6 +229,7 @@ Written by `{COMMAND}`; do not edit.
 Paediatric chest X-rays, normal or pneumonia (Kermany et al. 2018), split by patient: {", ".join(sizes)}.
 AUROC on test patients, mean over {len(SEEDS)} label draws by patient [95 %, {REPLICATES} patient bootstraps].
 At 100 % all draws are the same patients: what differs is the random start, or the seed of fine-tuning.
+Fine-tuning stops on all labelled val patients, which come on top of the budget, for every start alike.
 Differences are paired by patient. Both pretrained arms ran {EPOCHS} epochs; `plain` is `benchmarks/plain_loop.py`.
 
 ## Frozen features, logistic regression
@@ -251,8 +270,8 @@ def _cost(cells: Cells) -> str:
     rows = []
     for arm in ("plain", "sslmed"):
         made = cells.made(f"pretrain-{arm}")
-        rows.append([arm, f"{made['cpu_seconds']:.0f}", str(made["threads"]), made["device"], made["commit"]])
-    return _grid(["arm", "CPU seconds", "threads", "device", "commit"], rows)
+        rows.append([arm, f"{made['cpu_seconds']:.0f}", str(made["threads"]), "fp32", made["device"], made["commit"]])
+    return _grid(["arm", "CPU seconds", "threads", "precision", "device", "commit"], rows)
 
 
 def _grid(header: list[str], rows: list[list[str]]) -> str:
@@ -269,9 +288,9 @@ def _number(value: float | None) -> str:
     return "—" if value is None else f"{value:.3f}"
 
 
-def _recipe_text() -> str:
+def _recipe_text(name: str) -> str:
     """The shipped recipe without its comments, which do not decide the result."""
-    text = (HERE.parent / "recipes" / f"{RECIPE}.yaml").read_text(encoding="utf-8")
+    text = (HERE.parent / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
 
 

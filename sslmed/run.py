@@ -5,6 +5,7 @@ recipe.yaml  run.json  metrics.jsonl  train.log  checkpoints/last.ckpt  artifact
 
 import fcntl
 import json
+import math
 import os
 import platform
 import time
@@ -116,8 +117,8 @@ class Run:
         return dict(self._state["result"])
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Keep what the run returns, in JSON's types."""
-        self._state["result"] = result
+        """Keep what the run returns, in JSON's types; a score that is not defined becomes null."""
+        self._state["result"] = _without_nan(result)
 
     def fact(self, name: str) -> Any:
         """Something that was recorded at the start."""
@@ -176,8 +177,10 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._state["exit_code"] = _exit_code(error)
-        self._enter("done" if error is None else "interrupted" if _interrupted(error) else "failed")
-        self.close()
+        try:
+            self._enter("done" if error is None else "interrupted" if _interrupted(error) else "failed")
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Let other processes in."""
@@ -238,6 +241,14 @@ def _lock(path: Path) -> int:
         os.close(descriptor)
         raise TemporaryError(f"another process works in {path}; wait for it, or stop it and use --resume") from error
     return descriptor
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _interrupted(error: BaseException | None) -> bool:

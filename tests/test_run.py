@@ -50,10 +50,12 @@ def work_in(path: str, ready: Any, leave: Any) -> None:
 # What is in the folder.
 
 
-def test_a_run_says_what_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["/usr/bin/sslmed", "pretrain", "a recipe", "--data", "store"])
-    with Run.start(path, "pretrain", RECIPE, FACTS) as run:
+def test_a_run_says_what_it_was(path: Path) -> None:
+    created = Run.start(path, "pretrain", RECIPE, FACTS)
+    assert read(path)["status"] == "created"  # killed here, it can be resumed already
+    with created as run:
         running = read(path)
+        run.finish({"score": 0.5, "files": ("a",), "intervals": {"auroc": (float("nan"), 1)}})
         assert (run.recipe, run.checkpoint, run.artifact) == (
             path / "recipe.yaml",
             path / "checkpoints" / "last.ckpt",
@@ -68,12 +70,12 @@ def test_a_run_says_what_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     state = read(path)
     assert (state["status"], state["exit_code"], state["command"]) == ("done", 0, "pretrain")
     assert {name: state[name] for name in FACTS} == FACTS
-    assert state["command_line"] == "sslmed pretrain 'a recipe' --data store"
     assert state["threads"] == torch.get_num_threads()
     assert state["versions"] == versions()
     assert len(state["id"]) == 12
     assert state["started"][:2] == "20"
     assert run.done
+    assert run.result == state["result"] == {"score": 0.5, "files": ["a"], "intervals": {"auroc": [None, 1]}}
     assert run.fact("seed") == 3
     assert run.fact("nothing") is None
 
@@ -116,6 +118,19 @@ def test_a_resumed_run_keeps_its_facts_and_forgets_its_end(path: Path) -> None:
     assert (second["status"], second["exit_code"]) == ("done", 0)
     for name in ("id", "started", "command", *FACTS):
         assert second[name] == first[name]
+
+
+def test_another_number_of_threads_is_said(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished(path, Interrupted("saved", signal.SIGINT))
+    Run.resume(path, "pretrain").close()
+    assert capsys.readouterr().err == ""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        Run.resume(path, "pretrain").close()
+    finally:
+        torch.set_num_threads(threads)
+    assert f"note: {threads} threads before, {threads + 1} now" in capsys.readouterr().err
 
 
 # Who may write there.

@@ -1,5 +1,6 @@
 """``sslmed finetune``: a backbone and a few labels in, a model and its honest score out."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,7 +80,10 @@ class FinetuneResult:
     @classmethod
     def from_dict(cls, kept: dict[str, Any]) -> Self:
         """The result that a finished run has kept."""
-        test = {name: tuple(triple) for name, triple in kept["test"].items()}
+        defined = {
+            name: [math.nan if value is None else value for value in kept["test"][name]] for name in kept["test"]
+        }
+        test = {name: tuple(triple) for name, triple in defined.items()}
         return cls(**(kept | {"classes": tuple(kept["classes"]), "test": test}))
 
 

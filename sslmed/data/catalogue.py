@@ -162,7 +162,7 @@ def _assume(found: Catalogue, pattern: re.Pattern[str] | None) -> None:
         for entry, folder in zip(found.entries, classes, strict=True)
     ]
     named = sorted(set(classes) - {""})
-    found.notes.append(
+    found.warnings.append(
         f"no labels CSV: the {len(named)} folder names ({', '.join(named[:5])}{', …' if len(named) > 5 else ''}) "
-        "are taken as the label 'class'"
+        "are taken as the label 'class' and stand in the store; if they name patients, give --patient '([^/]+)/'"
     )

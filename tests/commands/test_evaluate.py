@@ -12,7 +12,7 @@ from sslmed import artifact
 from sslmed.commands.evaluate import PRETRAINED, RANDOM, EvaluateResult, evaluate
 from sslmed.config import DataError, MissingInputError, OutputExistsError, UsageError
 from sslmed.data import splits
-from sslmed.data.identity import SiteKey, fingerprint
+from sslmed.data.identity import SiteKey
 from sslmed.data.store import LabelColumn, Store
 from sslmed.data.store_writer import StoreWriter
 from sslmed.evaluation import probes
@@ -86,7 +86,7 @@ def write_model(
         steps=1,
         **changes,
     )
-    artifact.write(folder, network.network, card, fingerprint(store.patients(rows)))
+    artifact.write(folder, network.network, card, artifact.fingerprint(store, rows))
     return folder
 
 

@@ -142,7 +142,7 @@ def test_class_folders_are_labels_and_said(tmp_path: Path) -> None:
         write_image(folder / f"{number}.png", picture(number))
     result = ingest(tmp_path / "raw", tmp_path / "store", modality="xray")
     assert result.labels == {"class": {"sick": 6, "well": 6}}
-    assert any("2 folder names (sick, well) are taken as the label 'class'" in note for note in result.notes)
+    assert any("2 folder names (sick, well) are taken as the label 'class'" in note for note in result.warnings)
     assert Store(result.path).target("class").tolist() == [0] * 6 + [1] * 6
 
 
