@@ -80,10 +80,7 @@ class FinetuneResult:
     @classmethod
     def from_dict(cls, kept: dict[str, Any]) -> Self:
         """The result that a finished run has kept."""
-        defined = {
-            name: [math.nan if value is None else value for value in kept["test"][name]] for name in kept["test"]
-        }
-        test = {name: tuple(triple) for name, triple in defined.items()}
+        test = {name: tuple(math.nan if each is None else each for each in kept["test"][name]) for name in kept["test"]}
         return cls(**(kept | {"classes": tuple(kept["classes"]), "test": test}))
 
 
