@@ -44,12 +44,8 @@ class Cells:
             compute: returns what JSON can hold.
             settings: whatever decides the result; other settings make another result.
         """
-        path = self.path(name)
-        if path.exists():
-            cell = json.loads(path.read_text(encoding="utf-8"))
-            if cell["settings"] == json.loads(json.dumps(settings)):
-                result: dict[str, Any] = cell["result"]
-                return result
+        if (known := self.finished(name, **settings)) is not None:
+            return known
         wall, cpu = time.monotonic(), time.process_time()
         result = compute()
         about = {"wall_seconds": round(time.monotonic() - wall, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
@@ -57,6 +53,16 @@ class Cells:
             path, {"name": name, "settings": settings, "result": result, "made": {**about, **self._circumstances()}}
         )
         return result
+
+    def finished(self, name: str, **settings: Any) -> dict[str, Any] | None:
+        """The result of a cell that was made with these settings, or None."""
+        path = self.path(name)
+        if not path.exists():
+            return None
+        cell = json.loads(path.read_text(encoding="utf-8"))
+        same = cell["settings"] == json.loads(json.dumps(settings))
+        result: dict[str, Any] = cell["result"]
+        return result if same else None
 
     def path(self, name: str) -> Path:
         """The file of a cell."""
