@@ -49,9 +49,8 @@ class Cells:
         wall, cpu = time.monotonic(), time.process_time()
         result = compute()
         about = {"wall_seconds": round(time.monotonic() - wall, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
-        write_json(
-            path, {"name": name, "settings": settings, "result": result, "made": {**about, **self._circumstances()}}
-        )
+        made = {**about, **self._circumstances()}
+        write_json(self.path(name), {"name": name, "settings": settings, "result": result, "made": made})
         return result
 
     def finished(self, name: str, **settings: Any) -> dict[str, Any] | None:

@@ -234,7 +234,8 @@ Paediatric chest X-rays, normal or pneumonia (Kermany et al. 2018), split by pat
 AUROC on test patients, mean over {len(SEEDS)} label draws by patient [95 %, {REPLICATES} patient bootstraps].
 At 100 % all draws are the same patients: what differs is the random start, or the seed of fine-tuning.
 Fine-tuning stops on all labelled val patients, which come on top of the budget, for every start alike.
-Differences are paired by patient; they do not cover that another seed of pretraining would end elsewhere. Both pretrained arms ran {EPOCHS} epochs; `plain` is `benchmarks/plain_loop.py`.
+Differences are paired by patient; they do not cover that another seed of pretraining would end elsewhere.
+Both pretrained arms ran {EPOCHS} epochs; `plain` is `benchmarks/plain_loop.py`.
 
 ## Frozen features, logistic regression
 
