@@ -9,6 +9,7 @@ STAMP := .venv/.stamp
 
 demo: $(STAMP)
 	@$(BIN)/sslmed demo --out demo-run
+	@echo "to type sslmed yourself: . $(BIN)/activate"
 
 test: $(STAMP)
 	@$(BIN)/pytest

@@ -14,12 +14,14 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, THREADS)
 
 import pytest  # noqa: E402
+import ranks  # noqa: E402
 import torch  # noqa: E402
 
 from sslmed import torchvision_ops  # noqa: E402
 from sslmed.data.store import Store  # noqa: E402
 
 torchvision_ops.mend()
+ranks.context()  # before anything starts the forkserver, which takes what is preloaded only then
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 _loopback_allowed = False

@@ -1,7 +1,7 @@
 """``sslmed finetune``: a backbone and a few labels in, a model and its honest score out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -134,46 +134,63 @@ def finetune(
     store = Store(data)
     backbone, config, size = _backbone(settings, start, store)
     task = _task(settings, store, size, config.in_chans)
-    train = _at_most(settings.train, len(task.train))
-    data_config = settings.data.model_copy(update={"size": size})
-    settings = settings.model_copy(update={"data": data_config, "train": train})  # what runs is what is recorded
-    seed_everything(train.seed)
-    classes = store.classes(task.name)
-    head = HEADS[settings.head.name](settings.head, backbone, len(classes))  # type: ignore[attr-defined]
+    settings = _as_run(settings, task)
+    seed_everything(settings.train.seed)
+    head = HEADS[settings.head.name](settings.head, backbone, len(store.classes(task.name)))  # type: ignore[attr-defined]
     score = _val_score(head, task)
-    dataset = ViewDataset(
-        store, task.policy, (task.policy.view,), size, config.in_chans, settings.train.seed, task.name
-    )
     run = _open(settings, store, start, out, resume)
     if run.done:
         run.close()
         return FinetuneResult.from_dict(run.result)
     with run:
-        steps = steps_per_epoch(len(task.train), train.batch_size)
-        monitor = Monitor(MonitorConfig(knn_every=0, collapse="off"), run, train.batch_size, steps)
-        stop = EarlyStopping(settings.stop, run, head.metrics()[0], score)
-        workers = settings.data.worker_count()
-        fit(head, dataset, task.train, train, settings.optim, run, monitor, workers=workers, callbacks=[stop])
-        test = _test(head.to(device(train)), task, run)  # Lightning has brought it back to the CPU
-        _write(run, settings, head, task, config, start, stop.best_step)
-        result = FinetuneResult(
-            run=str(run.path),
-            artifact=str(run.artifact),
-            start=str(start),
-            target=task.name,
-            classes=classes,
-            train_images=len(task.train),
-            train_patients=_patients(task, task.train),
-            val_patients=_patients(task, task.val),
-            test_images=len(task.test),
-            test_patients=_patients(task, task.test),
-            seen=0 if str(start) == "random" else artifact.patients_seen(start, store, task.test),
-            best_step=stop.best_step,
-            test=test,
-            next=command("sslmed", "predict", run.path, "SOURCE", "--out", "DIR"),
-        )
+        best_step = _fit(head, task, settings, run, score)
+        test = _test(head.to(device(settings.train)), task, run)  # Lightning has brought it back to the CPU
+        _write(run, settings, head, task, config, start, best_step)
+        result = _result(run, task, start, best_step, test)
         run.finish(result.as_dict())
     return result
+
+
+# The steps, in their order.
+
+
+def _as_run(settings: FinetuneRecipe, task: _Task) -> FinetuneRecipe:
+    """The recipe with what the card and the number of images decide filled in: what runs is what is recorded."""
+    data = settings.data.model_copy(update={"size": task.size})
+    return settings.model_copy(update={"data": data, "train": _at_most(settings.train, len(task.train))})
+
+
+def _fit(head: Head, task: _Task, settings: FinetuneRecipe, run: Run, score: Callable[[], float]) -> int:
+    """Train to the end or to the early stop; the step of the best check, whose weights ``head`` then has."""
+    train, seed = settings.train, settings.train.seed
+    dataset = ViewDataset(task.store, task.policy, (task.policy.view,), task.size, task.channels, seed, task.name)
+    steps = steps_per_epoch(len(task.train), train.batch_size)
+    monitor = Monitor(MonitorConfig(knn_every=0, collapse="off"), run, train.batch_size, steps)
+    stop = EarlyStopping(settings.stop, run, head.metrics()[0], score)
+    workers = settings.data.worker_count()
+    fit(head, dataset, task.train, train, settings.optim, run, monitor, workers=workers, callbacks=[stop])
+    return stop.best_step
+
+
+def _result(
+    run: Run, task: _Task, start: str | Path, best_step: int, test: dict[str, tuple[float, float, float]]
+) -> FinetuneResult:
+    return FinetuneResult(
+        run=str(run.path),
+        artifact=str(run.artifact),
+        start=str(start),
+        target=task.name,
+        classes=task.store.classes(task.name),
+        train_images=len(task.train),
+        train_patients=_patients(task, task.train),
+        val_patients=_patients(task, task.val),
+        test_images=len(task.test),
+        test_patients=_patients(task, task.test),
+        seen=0 if str(start) == "random" else artifact.patients_seen(start, task.store, task.test),
+        best_step=best_step,
+        test=test,
+        next=command("sslmed", "predict", run.path, "SOURCE", "--out", "DIR"),
+    )
 
 
 def _backbone(settings: FinetuneRecipe, start: str | Path, store: Store) -> tuple[Backbone, BackboneConfig, int]:
@@ -223,7 +240,7 @@ def _at_most(train: TrainConfig, images: int) -> TrainConfig:
     return train.model_copy(update=smaller)
 
 
-def _val_score(head: Head, task: _Task) -> Any:
+def _val_score(head: Head, task: _Task) -> Callable[[], float]:
     measure = metrics.METRICS[head.metrics()[0]]
     if len(np.unique(task.target[task.val])) < 2:
         raise DataError(

@@ -30,7 +30,7 @@ class ViewConfig(Config):
         crop: least and greatest area of the random crop, as fractions of the image.
         aspect: least and greatest width / height of the crop (SimCLR, arXiv 2002.05709, appendix A).
         hflip, vflip: probability of mirroring left-right and up-down.
-        rot90: probability of a turn by 90, 180 or 270 degrees.
+        rot90: probability of a turn by 0, 90, 180 or 270 degrees, each alike.
         rotate: greatest rotation either way, degrees.
         brightness: greatest shift either way, in standard deviations of the normalised image.
         contrast: greatest relative change of contrast either way.

@@ -129,3 +129,23 @@ def test_a_resume_that_changes_the_recipe_is_refused_with_a_diff(phantom_store: 
             resume=True,
         )
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.slow
+def test_twenty_kills_with_workers_leave_no_trace(phantom_store: Store, uninterrupted: Path, tmp_path: Path) -> None:
+    settings = tuple(
+        {"data.workers=0": "data.workers=2", "train.save_every_steps=3": "train.save_every_steps=1"}.get(each, each)
+        for each in SETTINGS
+    )
+    out = tmp_path / "run"
+    for number, step in enumerate(sorted(random.Random(1).sample(range(1, 39), 20))):
+        process = start(phantom_store.path, out, settings, resume=number > 0)
+        wait_for_step(out, step, process)
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join(30)
+    process = start(phantom_store.path, out, settings, resume=True)
+    process.join(240)
+    assert process.exitcode == 0
+    name = Path("artifact") / "model.safetensors"
+    assert sha256(out / name) == sha256(uninterrupted / name)
+    assert not list((out / "checkpoints").glob(".*")), "nothing half-written is left"
