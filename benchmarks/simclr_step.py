@@ -2,7 +2,7 @@
 
     python benchmarks/simclr_step.py
 
-resnet18 at 96 pixels, 64 images a step, fp32, data left out. Absolute times mean nothing on shared machines; the ratio does.
+resnet18 at 96 pixels, 64 images a step, fp32, data left out. Absolute times mean nothing on a shared machine.
 """
 
 import time
