@@ -17,6 +17,7 @@ from sslmed.data.views import ViewConfig
 
 Pixels = np.ndarray[Any, np.dtype[Any]]
 
+NEARLY_GREY = 0.03  # 7 of 255 levels: JPEG at usual qualities; a coloured marker differs by far more
 _GEOMETRY = frozenset({"crop", "aspect", "rotate", "hflip"})
 _INTENSITY = frozenset({"brightness", "contrast", "gamma", "blur", "blur_sigma", "noise"})
 
@@ -123,7 +124,8 @@ def named(name: str) -> Modality:
 def accept(modality: Modality, pixels: Pixels) -> Pixels:
     """The pixels as the store keeps them: (H, W) or, where the modality has colour, (H, W, 3); dtype unchanged.
 
-    Three equal channels (a grey picture saved as RGB) become one where the modality takes only grey.
+    A grey picture saved as RGB becomes one channel where the modality takes only grey: the first of equal channels, or
+    their mean where JPEG's colour coding has parted them by no more than ``NEARLY_GREY`` of the dtype's range.
 
     Raises:
         DataError: true colour in a grey modality.
@@ -133,6 +135,10 @@ def accept(modality: Modality, pixels: Pixels) -> Pixels:
     first = pixels[..., 0]
     if all(np.array_equal(first, pixels[..., channel]) for channel in range(1, pixels.shape[2])):
         return np.ascontiguousarray(first)
+    spread = pixels.max(axis=2) - pixels.min(axis=2)  # cannot overflow: both are of one unsigned dtype
+    if spread.max() <= NEARLY_GREY * np.iinfo(pixels.dtype).max:
+        mean: Pixels = np.rint(pixels.mean(axis=2)).astype(pixels.dtype)
+        return mean
     raise DataError(
         f"is in colour, but {modality.name} images are grey; save it as grey (after cutting off coloured annotations), "
         "or ingest it with --modality photo if its colours mean something"

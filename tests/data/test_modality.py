@@ -57,10 +57,10 @@ def test_equal_channels_collapse_for_xray_and_colour_is_refused() -> None:
     assert accept(XRAY, grey) is grey
     with pytest.raises(DataError, match="--modality photo"):
         accept(XRAY, RGB)
-    off_by_one = np.dstack([grey] * 3)
-    off_by_one[3, 4, 2] ^= 1
+    one_coloured_pixel = np.dstack([grey] * 3)
+    one_coloured_pixel[3, 4, 2] ^= 128
     with pytest.raises(DataError, match="save it as grey"):
-        accept(XRAY, off_by_one)
+        accept(XRAY, one_coloured_pixel)
 
 
 def test_photo_takes_grey_and_colour_as_they_are() -> None:
@@ -103,3 +103,14 @@ def test_an_unknown_modality_is_named() -> None:
     assert named("xray") is XRAY
     with pytest.raises(UsageError, match="did you mean 'xray'"):
         named("x-ray")
+
+
+def test_a_grey_jpeg_in_colour_coding_is_grey_and_a_coloured_marker_is_not() -> None:
+    grey = RNG.integers(10, 240, (20, 30), dtype=np.uint8)
+    nearly = np.stack([grey, grey + 3, grey - 3], axis=2)
+    taken = accept(XRAY, nearly)
+    assert taken.dtype == np.uint8
+    np.testing.assert_array_equal(taken, grey)
+    nearly[3:6, 3:6] = (255, 0, 0)
+    with pytest.raises(DataError, match="colour"):
+        accept(XRAY, nearly)
