@@ -64,6 +64,13 @@ def build_optimizer(config: OptimConfig, groups: Parameters, batch_size: int) ->
     return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=True)
 
 
+def scheduled(config: OptimConfig, groups: Parameters, batch_size: int, total_steps: int) -> dict[str, Any]:
+    """The optimizer with its schedule, stepped after each performed step, in the form that Lightning asks for."""
+    optimizer = build_optimizer(config, groups, batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(config, total_steps))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 def warmup_cosine(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
     """The factor on the peak rate as a function of performed optimizer steps: from 0 up to 1, then down the cosine."""
     warmup_steps = round(config.warmup * total_steps)

@@ -10,7 +10,7 @@ from torch import nn
 from sslmed.config import Config
 from sslmed.data.loading import Batch
 from sslmed.models.backbones import Backbone
-from sslmed.optim import OptimConfig, Parameters, build_optimizer, decay_groups, warmup_cosine
+from sslmed.optim import OptimConfig, Parameters, decay_groups, scheduled
 
 
 class Head(pl.LightningModule, ABC):
@@ -76,9 +76,7 @@ class Head(pl.LightningModule, ABC):
     @final
     def configure_optimizers(self) -> Any:
         groups = self.parameter_groups(self._optim.weight_decay)
-        optimizer = build_optimizer(self._optim, groups, self._batch_size)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(self._optim, self._total_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return scheduled(self._optim, groups, self._batch_size, self._total_steps)
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         with torch.set_grad_enabled(self.config.train_backbone and torch.is_grad_enabled()):

@@ -13,7 +13,7 @@ from sslmed.data.loading import Batch
 from sslmed.data.modality import Modality
 from sslmed.data.views import ViewConfig
 from sslmed.models.backbones import Backbone
-from sslmed.optim import OptimConfig, Parameters, build_optimizer, decay_groups, warmup_cosine
+from sslmed.optim import OptimConfig, Parameters, decay_groups, scheduled
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,7 @@ class Method(pl.LightningModule, ABC):
     @final
     def configure_optimizers(self) -> Any:
         groups = self.parameter_groups(self._optim.weight_decay)
-        optimizer = build_optimizer(self._optim, groups, self._batch_size)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(self._optim, self._total_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return scheduled(self._optim, groups, self._batch_size, self._total_steps)
 
     @final
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
