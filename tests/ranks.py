@@ -115,13 +115,13 @@ def gradients(method: str, batch: Any, average: bool = False) -> dict[str, torch
 
 
 def small_method(name: str, normalise_samples: bool = False) -> Any:
-    """A method on timm's smallest ResNet, always with the same weights; GroupNorm for BatchNorm when asked."""
+    """A method on the small network that it names, always with the same weights; GroupNorm for BatchNorm when asked."""
     from sslmed.methods import METHODS
-    from sslmed.models.backbones import BackboneConfig, build
+    from sslmed.models.backbones import build
 
     torch.manual_seed(0)
     kind = METHODS[name]
-    method = kind(kind.Config(name=name), build(BackboneConfig(name="test_resnet"), 32, 0))
+    method = kind(kind.Config(name=name), build(kind.example, 32, 0))
     if normalise_samples:
         _without_batchnorm(method)
     return method

@@ -12,25 +12,35 @@ from sslmed.config import Config
 from sslmed.data.loading import Batch
 from sslmed.data.modality import Modality
 from sslmed.data.views import ViewConfig
-from sslmed.models.backbones import Backbone
+from sslmed.models.backbones import Backbone, BackboneConfig
 from sslmed.optim import OptimConfig, Parameters, decay_groups, scheduled
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far training is, in performed optimizer steps (``step`` of ``total``) and in epochs begun."""
+    """How far training is, in performed optimizer steps (``step`` of ``total``) and in epochs begun.
+
+    ``batch_size`` is that of an optimizer step, over all processes and accumulated batches.
+    """
 
     step: int
     total: int
     epoch: int
+    batch_size: int
 
 
 @dataclass(frozen=True)
 class Overfit:
-    """How the contract test sees that 8 fixed scans are learnt: in ``steps`` the loss falls to ``ratio``."""
+    """How the contract test sees that 8 fixed scans are learnt in ``steps``.
+
+    ``quantity`` is one of the scalars that ``loss`` returns. At the end it is at most ``ratio`` of what it was at the
+    beginning, or at least ``least``.
+    """
 
     steps: int
-    ratio: float
+    quantity: str = "loss"
+    ratio: float | None = None
+    least: float | None = None
 
 
 class Method(pl.LightningModule, ABC):
@@ -39,11 +49,19 @@ class Method(pl.LightningModule, ABC):
     A subclass is one file: a ``Config`` with a ``name``, ``views``, ``loss``, and whatever modules it needs. It is
     built from its config and a backbone and never sees the trainer, the store or the world size. It randomises only
     through ``sslmed.keyed_rng`` with the batch's seed, epoch and ids.
+
+    Attributes:
+        compares_views: the views of a sample may come from two images that belong together (``data.positives``).
+        example: a small network that the method takes, for the contract tests.
+        overfit: how the contract test sees that it learns.
+        without_gradient: trainable parameters that the loss does not reach, by name.
     """
 
     Config: ClassVar[type[Config]]
+    compares_views: ClassVar[bool] = False
+    example: ClassVar[BackboneConfig] = BackboneConfig(name="test_resnet")
     overfit: ClassVar[Overfit] = Overfit(steps=60, ratio=0.5)
-    without_gradient: ClassVar[frozenset[str]] = frozenset()  # parameters that the loss does not reach, by name
+    without_gradient: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: Any, backbone: Backbone) -> None:
         super().__init__()
@@ -61,6 +79,19 @@ class Method(pl.LightningModule, ABC):
 
     def after_step(self, progress: Progress) -> None:
         """Called once after every performed optimizer step: momentum encoders, queues, temperatures."""
+
+    def notes(self, modality: Modality, batch_size: int) -> list[str]:
+        """What the user should know before training on such images with such a global batch, a sentence a line."""
+        return []
+
+    def pictures(self, batch: Batch) -> torch.Tensor | None:
+        """What the network makes of images, to look at: (rows, columns, C, H, W) in the views' units, or nothing."""
+        return None
+
+    @property
+    def averaged(self) -> tuple[nn.Module, nn.Module] | None:
+        """The trained module and the one that follows it as a moving average, where there is one."""
+        return None
 
     def parameter_groups(self, weight_decay: float) -> Parameters:
         """Parameter groups for the optimizer; by default weight decay on everything but biases and norm layers."""
@@ -92,4 +123,4 @@ class Method(pl.LightningModule, ABC):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         step = self.trainer.global_step + 1  # Lightning counts this step only after the hook
-        self.after_step(Progress(step, self._total_steps, step // self._steps_per_epoch))
+        self.after_step(Progress(step, self._total_steps, step // self._steps_per_epoch, self._batch_size))

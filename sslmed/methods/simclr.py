@@ -41,6 +41,7 @@ class SimCLR(Method):
     """Two views of an image attract each other; every other image of the global batch repels."""
 
     Config = SimCLRConfig
+    compares_views = True
     config: SimCLRConfig
 
     def __init__(self, config: SimCLRConfig, backbone: Backbone) -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 # From the ground up: a room may import the rooms below its floor, and itself.
 FLOORS = [
-    {"config", "keyed_rng"},
+    {"config", "keyed_rng", "image_size"},
     {"distributed", "torchvision_ops", "durable", "console", "settings_errors", "shipped"},
     {"data", "models", "optim"},
     {"evaluation", "artifact", "run"},

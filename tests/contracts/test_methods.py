@@ -12,7 +12,7 @@ from sslmed.data.modality import MODALITIES
 from sslmed.data.store import Store
 from sslmed.methods import METHODS
 from sslmed.methods.method import Method, Progress
-from sslmed.models.backbones import BackboneConfig, build
+from sslmed.models.backbones import build
 from sslmed.training.monitors import embedding_std
 
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -51,15 +51,16 @@ def test_it_overfits_eight_fixed_scans_without_collapsing(name: str, phantom_sto
     method = ranks.small_method(name)
     batch = batch_for(method, phantom_store)
     optimizer = torch.optim.AdamW(method.parameter_groups(1e-4), lr=1e-3)
-    losses = []
-    for step in range(method.overfit.steps):
+    goal, found = method.overfit, []
+    for step in range(goal.steps):
         outputs = method.loss(batch)
         optimizer.zero_grad()
         outputs["loss"].backward()
         optimizer.step()
-        method.after_step(Progress(step + 1, method.overfit.steps, step + 1))
-        losses.append(outputs["loss"].item())
-    assert losses[-1] < method.overfit.ratio * losses[0]
+        method.after_step(Progress(step + 1, goal.steps, step + 1, len(batch.ids)))
+        found.append(outputs[goal.quantity].item())
+    assert (goal.ratio is None) != (goal.least is None), "one criterion"
+    assert found[-1] <= goal.ratio * found[0] if goal.least is None else found[-1] >= goal.least
     if "embeddings" in outputs:
         assert embedding_std(outputs["embeddings"]) > 0.1 / math.sqrt(outputs["embeddings"].shape[1])
 
@@ -67,7 +68,7 @@ def test_it_overfits_eight_fixed_scans_without_collapsing(name: str, phantom_sto
 @every_method
 def test_the_exported_network_is_timms_own(name: str) -> None:
     method = ranks.small_method(name)
-    names = set(build(BackboneConfig(name="test_resnet"), SIZE, 1).network.state_dict())
+    names = set(build(METHODS[name].example, SIZE, 1).network.state_dict())
     assert set(method.exported.state_dict()) == names
 
 
