@@ -137,6 +137,14 @@ def _plain(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
+def _size(text: str) -> int | tuple[int, int]:
+    """``96``, or ``96x128``: height, then width."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+        raise UsageError(f"--size is '{text}'; allowed: 96 for a square, or height x width such as 96x128, in pixels")
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"sslmed {__version__}")
@@ -245,7 +253,9 @@ def evaluate(
     ] = "1%,10%,100%",
     seeds: Annotated[int, typer.Option(help="Label draws a budget.")] = 5,
     replicates: Annotated[int, typer.Option(help="Patient bootstrap replicates.")] = 1000,
-    size: Annotated[int | None, typer.Option(help="Side of the network input, pixels; by default the card's.")] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="N|HxW", help="Size of the network input, pixels; by default the card's.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="By default RUN/evaluation, or beside the artifact.")
     ] = None,
@@ -263,7 +273,7 @@ def evaluate(
         budgets=budgets,
         seeds=seeds,
         replicates=replicates,
-        size=size,
+        size=None if size is None else _size(size),
         out=out,
         strict=strict,
         workers=workers,

@@ -11,7 +11,7 @@ import pytest
 import sslmed
 from sslmed import cli, config
 from sslmed.commands import recipes, verify
-from sslmed.config import SslmedError
+from sslmed.config import SslmedError, UsageError
 
 LISTINGS_WITHOUT_TORCH = """
 import sys
@@ -39,6 +39,17 @@ def test_public_names() -> None:
         _ = sslmed.pretrian  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(("text", "size"), [("96", 96), ("96x128", (96, 128)), ("32X48", (32, 48))])
+def test_a_size_is_one_number_or_height_and_width(text: str, size: object) -> None:
+    assert cli._size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "96x", "axb", "96x96x3", "-5", "9.5", "[96, 128]"])
+def test_a_size_that_is_none(text: str) -> None:
+    with pytest.raises(UsageError, match="allowed: 96 for a square, or height x width such as 96x128"):
+        cli._size(text)
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--version"]) == 0
     assert capsys.readouterr().out == f"sslmed {sslmed.__version__}\n"
@@ -54,6 +65,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         "pretrain xray/simclr_resnet18 --data store --out run --unknown",
         "ingest source --out store",
         "evaluate run --data store --seeds many",
+        "evaluate run --data store --size 32x",
         "recipes",
         "recipes show xray/simclr_resnet81",
         "recipes check xray/simclr_resnet18 train.epoch=3",

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from sslmed import recipe as recipes
 from sslmed.config import MissingInputError, UsageError
+from sslmed.methods import METHODS
 from sslmed.recipe import FinetuneRecipe, PretrainRecipe, diff, dump, load, load_finetune, load_pretrain
 
 # The example of the design, word for word.
@@ -59,6 +60,14 @@ def test_dump_loads_equal(my: Path) -> None:
     assert load(write(dump(tuned))) == tuned
 
 
+def test_a_size_of_height_and_width(my: Path) -> None:
+    for recipe in (load(write("method: {name: simclr}\ndata: {size: [96, 128]}\n")), load(my, ["data.size=[96, 128]"])):
+        assert recipe.data.size == (96, 128)
+        assert "size: [96, 128]" in dump(recipe)
+        assert load(write(dump(recipe))) == recipe
+    assert diff(load(my, ["data.size=96"]), recipe)[-1] == "data.size: 96 -> [96, 128]"
+
+
 def test_overrides_win_and_go_through_the_same_reader(my: Path) -> None:
     recipe = load_pretrain(my, ["train.epochs=7", "train.epochs=8", "views.crop=[0.1, 0.9]", "optim.betas=[0.8, 0.95]"])
     assert (recipe.train.epochs, recipe.views["crop"], recipe.optim.betas) == (8, [0.1, 0.9], (0.8, 0.95))
@@ -80,7 +89,7 @@ def test_max_steps_takes_the_place_of_epochs(my: Path) -> None:
         ("epochs=3", "'epochs' is not a known key; did you mean 'train.epochs'?"),
         ("method.batch_size=3", "'method.batch_size' is not a known key; did you mean 'train.batch_size'?"),
         ("method.name=simclrr", "'method.name' is 'simclrr'; did you mean 'simclr'?"),
-        ("optim.name=lamb", "'optim.name' is 'lamb'; allowed: adamw or sgd"),
+        ("optim.name=lamb", "'optim.name' is 'lamb'; allowed: adamw, sgd or lars"),
         ("optim.lr=-1", "'optim.lr' is -1; allowed: a number above 0"),
         ("optim.lr=.nan", "'optim.lr' is NaN; allowed: a number above 0"),
         (
@@ -90,6 +99,16 @@ def test_max_steps_takes_the_place_of_epochs(my: Path) -> None:
         ("views.crop=0.5", "'views.crop' is 0.5; allowed: a list of 2, each a number"),
         ("views.crops=[0.5, 1]", "'views.crops' is not a known key; did you mean 'crop'?"),
         ("data.workers=-1", "'data.workers' is -1; allowed: auto or a whole number at least 0 and at most 256"),
+        *(
+            (
+                f"data.size={size}",
+                f"'data.size' is {shown}; allowed: a whole number at least 16 and at most 4096 or a list of 2, each a "
+                "whole number at least 16 and at most 4096",
+            )
+            for size, shown in (("abc", "'abc'"), ("[96]", "[96]"), ("7", "7"), ("[96, 7]", "[96, 7]"), ("1.5", "1.5"))
+        ),
+        ("data.positives=twin", "'data.positives' is 'twin'; allowed: image, patient, study or neighbour"),
+        ("data.neighbour_mm=0", "'data.neighbour_mm' is 0; allowed: a number above 0"),
         ("train=3", "'train' is 3; allowed: settings such as train: {key: value}"),
         ("train.seed.deep=3", "'train.seed.deep': 'seed' is 0, not a section"),
         ("train.epochs", "'train.epochs' is not SECTION.KEY=VALUE, such as train.epochs=50"),
@@ -107,7 +126,7 @@ def test_wrong_settings_in_a_file_name_the_file(my: Path) -> None:
         "my.yaml: 'method.temprature' is not a known key; did you mean 'temperature'?"
     )
     write("method: {temperature: 0.2}")
-    assert complaint() == "my.yaml: 'method.name' is missing; allowed: simclr"
+    assert complaint() == f"my.yaml: 'method.name' is missing; allowed: {', '.join(METHODS)}"
 
 
 def test_at_most_six_lines(my: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sslmed import artifact
+from sslmed import artifact, image_size
 from sslmed.artifact import Card
 from sslmed.config import DataError, DiskError, OutputExistsError, UsageError
 from sslmed.data.loading import plain_loader
@@ -85,7 +85,7 @@ class EvaluateResult:
         average = f"positive: {self.classes[1]}" if len(self.classes) == 2 else "mean over classes, each against rest"
         known = f"{self.seen} of {self.test_patients} test patients were seen in pretraining"
         if self.seen is None:
-            known = "cannot tell whether pretraining has seen them: its patients were keyed at another site"
+            known = "cannot tell whether pretraining has seen them: other keys, or a start from a foreign file"
         return [
             f"AUROC with 95 % intervals of {self.target}: {', '.join(self.classes)} ({average})",
             f"{self.test_images} test images of {self.test_patients} patients; {known}",
@@ -113,7 +113,7 @@ def evaluate(
     budgets: str = "1%,10%,100%",
     seeds: int = 5,
     replicates: int = 1000,
-    size: int | None = None,
+    size: image_size.ImageSize | None = None,
     out: Path | str | None = None,
     strict: bool = False,
     workers: int = 0,
@@ -130,7 +130,7 @@ def evaluate(
         budgets: Shares of the labelled train patients, or ``k=N`` patients of each class, parted by commas.
         seeds: Label draws a budget, at least 1.
         replicates: Patient bootstrap replicates, at least 100.
-        size: Side of the network input in pixels; the card's by default.
+        size: Of the network input in pixels, the side of a square or height and width; the card's by default.
         out: Folder to write; by default ``evaluation`` in the run, or ``NAME-evaluation`` beside the artifact.
         strict: Refuse when a test patient was seen in pretraining, or when that cannot be told.
         workers: Processes that read images.
@@ -180,10 +180,10 @@ def evaluate(
     return result
 
 
-def _check_numbers(seeds: int, replicates: int, size: int | None, workers: int) -> None:
+def _check_numbers(seeds: int, replicates: int, size: image_size.ImageSize | None, workers: int) -> None:
     least = {"seeds": (seeds, 1), "replicates": (replicates, 100), "workers": (workers, 0)}
     if size is not None:
-        least["size"] = (size, 16)
+        least["size"] = (min(image_size.sides(size)), 16)
     for name, (given, allowed) in least.items():
         if given < allowed:
             raise UsageError(f"--{name} is {given}; it must be at least {allowed}")
@@ -234,7 +234,8 @@ def _check_labels(classes: tuple[str, ...], train: Rows, test: Rows) -> list[str
 def _refuse_leakage(known: int | None) -> None:
     if known is None:
         raise DataError(
-            "cannot tell whether test patients were seen in pretraining: their keys were made at another site.\n"
+            "cannot tell whether test patients were seen in pretraining: their keys were made at another site, or it "
+            "started from a foreign weight file.\n"
             "Ingest both stores with one --key, or leave --strict out."
         )
     if known:
@@ -245,7 +246,13 @@ def _refuse_leakage(known: int | None) -> None:
 
 
 def _embed_arms(
-    model: Path | str, card: Card, store: Store, sides: tuple[Rows, Rows], size: int, workers: int, seeds: int
+    model: Path | str,
+    card: Card,
+    store: Store,
+    sides: tuple[Rows, Rows],
+    size: image_size.ImageSize,
+    workers: int,
+    seeds: int,
 ) -> dict[str, list[Features]]:
     """Features of the train and test images by the pretrained start, and by as many random ones as there are draws.
 
@@ -262,7 +269,8 @@ def _embed_arms(
             if size == card.size:
                 raise
             raise UsageError(
-                f"{card.backbone.name} takes images of {card.size} pixels; --size {size}: {error}"
+                f"{card.backbone.name} takes images of {image_size.in_words(card.size)} pixels; "
+                f"--size {image_size.in_words(size)}: {error}"
             ) from error
     return features
 
@@ -272,7 +280,7 @@ def _embed(
     card: Card,
     store: Store,
     sides: tuple[Rows, Rows],
-    size: int,
+    size: image_size.ImageSize,
     workers: int,
     label: str,
 ) -> Features:
@@ -283,7 +291,7 @@ def _embed(
     return Features(*(probes.embed(network, loader, label) for loader in loaders))
 
 
-def _protocol(card: Card, store: Store, size: int, seeds: int, replicates: int) -> dict[str, Any]:
+def _protocol(card: Card, store: Store, size: image_size.ImageSize, seeds: int, replicates: int) -> dict[str, Any]:
     return {
         "k": probes.K,
         "temperature": probes.TEMPERATURE,

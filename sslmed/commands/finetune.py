@@ -19,6 +19,7 @@ from sslmed.durable import sha256
 from sslmed.evaluation import metrics, predictions, probes, protocol
 from sslmed.heads import HEADS
 from sslmed.heads.head import Head
+from sslmed.image_size import ImageSize
 from sslmed.models.backbones import Backbone, BackboneConfig, build
 from sslmed.recipe import FinetuneRecipe, changes, dump, load_finetune
 from sslmed.run import Run
@@ -28,7 +29,6 @@ from sslmed.training.monitors import Monitor, MonitorConfig
 from sslmed.training.trainer import TrainConfig, device, lightning_precision
 
 REPLICATES = 1000
-MIXED_KEYS = "mixed"  # no site has this key id, so that "seen in training?" is answered "cannot tell"
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class _Task:
     train: Rows
     val: Rows
     test: Rows
-    size: int
+    size: ImageSize
     channels: int
 
     def scores(self, head: Head, rows: Rows) -> probes.Floats:
@@ -193,7 +193,12 @@ def _result(
     )
 
 
-def _backbone(settings: FinetuneRecipe, start: str | Path, store: Store) -> tuple[Backbone, BackboneConfig, int]:
+def _backbone(settings: FinetuneRecipe, start: str | Path, store: Store) -> tuple[Backbone, BackboneConfig, ImageSize]:
+    if settings.backbone is not None and settings.backbone.init != "random":
+        raise UsageError(
+            f"backbone.init is {settings.backbone.init}, but fine-tuning starts from what --from names; remove "
+            "backbone.init, or continue pretraining with it first"
+        )
     if str(start) == "random":
         if settings.backbone is None:
             raise UsageError("--from random needs a backbone in the recipe; add backbone.name=resnet18")
@@ -215,7 +220,11 @@ def _backbone(settings: FinetuneRecipe, start: str | Path, store: Store) -> tupl
     return Backbone(artifact.load_backbone(start)), card.backbone, size
 
 
-def _task(settings: FinetuneRecipe, store: Store, size: int, channels: int) -> _Task:
+def _task(settings: FinetuneRecipe, store: Store, size: ImageSize, channels: int) -> _Task:
+    if settings.data.positives != "image":
+        raise UsageError(
+            f"data.positives is {settings.data.positives}, but fine-tuning compares no views; remove it from the recipe"
+        )
     name = settings.data.target or store.default_target()
     if name is None:
         raise DataError(f"the store {store.path} has no labels; ingest it with --labels, or with class folders")
@@ -283,11 +292,8 @@ def _write(
     seen = artifact.fingerprint(task.store, np.concatenate([task.train, task.val]))
     parent = None
     if str(start) != "random":
-        card = artifact.read_card(start)
         parent = _weights_digest(start)
-        seen = np.unique(np.concatenate([seen, artifact.read_fingerprint(start)]), axis=0)
-        if card.data.key_id != data.key_id:
-            data = data.model_copy(update={"key_id": MIXED_KEYS})
+        data, seen = artifact.inherit(data, seen, start)
     card = artifact.Card(
         backbone=backbone,
         num_features=head.backbone.num_features,

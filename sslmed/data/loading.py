@@ -17,28 +17,36 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sslmed.config import Config, SslmedError, TemporaryError, UsageError
 from sslmed.data.modality import Modality
+from sslmed.data.positives import Positives
 from sslmed.data.store import Store
-from sslmed.data.views import Augment, Pixels, ViewConfig, letterbox
+from sslmed.data.views import ALL, Augment, Pixels, ViewConfig, letterbox
 from sslmed.data.workers import follow
+from sslmed.image_size import ImageSize
 from sslmed.keyed_rng import rng
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 MOST_WORKERS = 8
+FIRST, OTHERS = slice(0, 1), slice(1, None)
 
 
 class DataConfig(Config):
     """What is read from the store.
 
     Attributes:
-        size: side of the square network input, pixels.
+        size: of the network input, pixels: the side of a square, or height and width.
         workers: processes that prepare batches; ``auto`` leaves two cores to the trainer, 0 does the work in its
             process.
         target: the label column that probes and heads use; by default the store's first.
+        positives: where the views of a sample but the first come from: its own ``image``, or another one of the same
+            patient, study or series (``sslmed.data.positives``).
+        neighbour_mm: how far apart in their series two neighbours may lie.
     """
 
-    size: Annotated[int, Field(ge=16, le=4096)] = 96
+    size: ImageSize = 96
     workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = "auto"
     target: str | None = None
+    positives: Literal["image", "patient", "study", "neighbour"] = "image"
+    neighbour_mm: Annotated[float, Field(gt=0)] = 5.0
 
     def worker_count(self) -> int:
         """The number of worker processes."""
@@ -56,11 +64,14 @@ class Batch:
         views: one tensor (N, C, H, W) a view, float32; sizes may differ between views.
         target: class indices (N,), -1 where there is no label.
         ids: store rows (N,), int64, which key every random choice together with ``seed`` and ``epoch``.
+        groups: (N,), int64; samples of one number must not repel each other. All differ, unless positives come from
+            other images: then there is a number for each patient.
     """
 
     views: list[torch.Tensor]
     target: torch.Tensor
     ids: torch.Tensor
+    groups: torch.Tensor
     seed: int
     epoch: int
 
@@ -68,8 +79,8 @@ class Batch:
         """The batch on ``device``."""
         move = {"device": device, "non_blocking": non_blocking}
         views = [view.to(**move) for view in self.views]  # type: ignore[call-overload]
-        target, ids = self.target.to(**move), self.ids.to(**move)  # type: ignore[call-overload]
-        return Batch(views, target, ids, self.seed, self.epoch)
+        target, ids, groups = (each.to(**move) for each in (self.target, self.ids, self.groups))  # type: ignore[call-overload]
+        return Batch(views, target, ids, groups, self.seed, self.epoch)
 
 
 @dataclass(frozen=True)
@@ -79,42 +90,58 @@ class Sample:
     views: list[torch.Tensor]
     row: int
     target: int
+    group: int
     epoch: int
 
 
 class ViewDataset(Dataset["Sample | SslmedError"]):
-    """Augmented views of store rows, addressed by (epoch, row)."""
+    """Augmented views of store rows, addressed by (epoch, row).
+
+    With ``positives`` all views but the first are made of a partner of the row.
+    """
 
     def __init__(
         self,
         store: Store,
         modality: Modality,
         views: Sequence[ViewConfig],
-        size: int,
+        size: ImageSize,
         channels: int,
         seed: int,
         target: str | None,
+        positives: Positives | None = None,
     ) -> None:
         self.store = store
         self.channels = channels
         self.augment = Augment(views, size, modality.normalise, seed)
         self.target = None if target is None else store.target(target)
+        self.positives = positives
 
     def __getitem__(self, address: tuple[int, int]) -> "Sample | SslmedError":
         epoch, row = address
         try:
-            pixels = self.store.pixels(row)
+            views = self._views(epoch, row)
         except SslmedError as error:
             return error
-        views = self.augment(pixels, *self.store.range(row), epoch=epoch, sample=row)
         target = -1 if self.target is None else int(self.target[row])
-        return Sample([_tensor(view, self.channels) for view in views], row, target, epoch)
+        group = row if self.positives is None else int(self.positives.groups[row])
+        return Sample([_tensor(view, self.channels) for view in views], row, target, group, epoch)
+
+    def _views(self, epoch: int, row: int) -> list[Pixels]:
+        partner = row
+        if self.positives is not None:
+            partner = self.positives.partner(row, rng(self.augment.seed, epoch, row, "partner"))
+        views: list[Pixels] = []
+        for source, which in [(row, ALL)] if partner == row else [(row, FIRST), (partner, OTHERS)]:
+            pixels, (low, high) = self.store.pixels(source), self.store.range(source)
+            views += self.augment(pixels, low, high, epoch=epoch, sample=row, which=which)
+        return views
 
 
 class PlainDataset(Dataset["Sample | SslmedError"]):
     """The given rows as the network sees them outside training: whole image, no augmentation."""
 
-    def __init__(self, store: Store, rows: Rows, modality: Modality, size: int, channels: int) -> None:
+    def __init__(self, store: Store, rows: Rows, modality: Modality, size: ImageSize, channels: int) -> None:
         self.store, self.rows, self.modality, self.size, self.channels = store, rows, modality, size, channels
 
     def __len__(self) -> int:
@@ -127,7 +154,7 @@ class PlainDataset(Dataset["Sample | SslmedError"]):
         except SslmedError as error:
             return error
         view = network_input(pixels, *self.store.range(row), self.modality, self.size, self.channels)
-        return Sample([view], row, -1, 0)
+        return Sample([view], row, -1, row, 0)
 
 
 class StreamSampler(Sampler[list[tuple[int, int]]]):
@@ -216,7 +243,14 @@ def stream_loader(dataset: ViewDataset, sampler: StreamSampler, workers: int) ->
 
 
 def plain_loader(
-    store: Store, rows: Rows, size: int, modality: Modality, *, channels: int, batch_size: int = 64, workers: int = 0
+    store: Store,
+    rows: Rows,
+    size: ImageSize,
+    modality: Modality,
+    *,
+    channels: int,
+    batch_size: int = 64,
+    workers: int = 0,
 ) -> Loader:
     """Batches of one unaugmented view in the order of ``rows``."""
     dataset = PlainDataset(store, rows, modality, size, channels)
@@ -224,9 +258,9 @@ def plain_loader(
 
 
 def network_input(
-    pixels: Pixels, low: float, high: float, modality: Modality, size: int, channels: int
+    pixels: Pixels, low: float, high: float, modality: Modality, size: ImageSize, channels: int
 ) -> torch.Tensor:
-    """The tensor (C, size, size) of a whole image: letterboxed, then normalised."""
+    """The tensor (C, height, width) of a whole image: letterboxed, then normalised."""
     return _tensor(modality.normalise(letterbox(pixels, size, low), low, high), channels)
 
 
@@ -247,7 +281,8 @@ class Collate:
         views = [torch.stack(parts) for parts in zip(*(sample.views for sample in samples), strict=True)]
         target = torch.tensor([sample.target for sample in samples], dtype=torch.int64)
         ids = torch.tensor([sample.row for sample in samples], dtype=torch.int64)
-        return Batch(views, target, ids, self.seed, samples[0].epoch)
+        groups = torch.tensor([sample.group for sample in samples], dtype=torch.int64)
+        return Batch(views, target, ids, groups, self.seed, samples[0].epoch)
 
 
 def _tensor(view: Pixels, channels: int) -> torch.Tensor:

@@ -34,6 +34,8 @@ class Modality:
         intensity_range: pixels as stored -> (low, high) in stored units, low < high; taken once an image, at ingest.
         normalise: (pixels, low, high) -> float32 of the same shape, standardised. Takes a crop too: low and high are
             those of the whole image, so every view of it is scaled alike.
+        upright: images have an up and a down.
+        annotated: side markers or burned-in text are usual.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Modality:
     legal: frozenset[str]
     intensity_range: Callable[[Pixels], tuple[float, float]]
     normalise: Callable[[Pixels, float, float], Pixels]
+    upright: bool = True
+    annotated: bool = False
 
 
 def percentile_range(pixels: Pixels) -> tuple[float, float]:
@@ -94,6 +98,7 @@ _XRAY = Modality(
     legal=_GEOMETRY | _INTENSITY,
     intensity_range=percentile_range,
     normalise=normalise_xray,
+    annotated=True,
 )
 _PHOTO = Modality(
     name="photo",
@@ -101,7 +106,7 @@ _PHOTO = Modality(
     view=ViewConfig(
         crop=(0.2, 1.0), hflip=0.5, brightness=0.4, contrast=0.4, colour=0.2, grey=0.2, blur=0.5, blur_sigma=(0.1, 2.0)
     ),
-    legal=_GEOMETRY | _INTENSITY | {"vflip", "rot90", "colour", "grey"},
+    legal=_GEOMETRY | _INTENSITY | {"vflip", "rot90", "colour", "grey", "solarize"},
     intensity_range=dtype_range,
     normalise=normalise_photo,
 )

@@ -59,7 +59,7 @@ class Phantoms:
 
     Attributes:
         folder: holds ``images/`` and the table of labels.
-        labels: the CSV file, with the columns file, patient, label:finding.
+        labels: the CSV file, with the columns file, patient, label:finding, meta:study.
         images: files that can be read.
         patients: patients among them; ``labelled_patients`` of these have a label.
         broken: names of the two files that cannot be read, relative to ``folder``.
@@ -76,8 +76,9 @@ class Phantoms:
 def write_phantoms(folder: Path, patients: int = 140, seed: int = 0) -> Phantoms:
     """Draw a small data set: two to four pictures a patient, 96 to 160 pixels, 8, 12 or 16 bit; PNG, TIFF and JPEG.
 
-    About half of the patients have the class nodule, in all their pictures; a quarter of the patients has no label. Two
-    files are broken on purpose: a PNG that ends in the middle, and a text that is called .png.
+    About half of the patients have the class nodule, in all their pictures; a quarter of the patients has no label. The
+    first two pictures of a patient are study 1, the others study 2. Two files are broken on purpose: a PNG that ends in
+    the middle, and a text that is called .png.
 
     Args:
         folder: made; must be absent or empty.
@@ -91,22 +92,22 @@ def write_phantoms(folder: Path, patients: int = 140, seed: int = 0) -> Phantoms
         raise OutputExistsError(f"{folder} holds something already; give another folder, or remove it first")
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
-    rows: list[tuple[str, str, str]] = []
+    rows: list[tuple[str, str, str, str]] = []
     blank = set(rng(seed, 0, 0, "phantom blank").permutation(patients)[: round(_BLANK_SHARE * patients)].tolist())
     for number in range(patients):
         stream = rng(seed, 0, number, "phantom patient")
         lesion = (number + seed) % 2 == 1
         body = anatomy(stream, lesion)
         label = "" if number in blank else CLASSES[lesion]
-        for _ in range(int(stream.integers(2, 5))):
+        for picture in range(int(stream.integers(2, 5))):
             path = _write_one(images, len(rows), stream, body)
-            rows.append((f"images/{path.name}", f"P{number + 1:04d}", label))
+            rows.append((f"images/{path.name}", f"P{number + 1:04d}", label, str(1 + picture // 2)))
     broken = _write_broken(images, images / Path(rows[0][0]).name)
-    rows.extend((f"images/{name}", f"P{number + 1:04d}", "") for number, name in enumerate(broken))
+    rows.extend((f"images/{name}", f"P{number + 1:04d}", "", "") for number, name in enumerate(broken))
     labels = folder / "labels.csv"
     with write_atomically(labels) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("file", "patient", "label:finding"))
+        writer.writerow(("file", "patient", "label:finding", "meta:study"))
         writer.writerows(rows)
     return Phantoms(
         folder, labels, len(rows) - 2, patients, patients - len(blank), (f"images/{broken[0]}", f"images/{broken[1]}")

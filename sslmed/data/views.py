@@ -15,12 +15,14 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from sslmed.config import Config
+from sslmed.image_size import ImageSize, sides
 from sslmed.keyed_rng import rng
 
 Pixels = np.ndarray[Any, np.dtype[Any]]
 Normalise = Callable[[Pixels, float, float], Pixels]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0, le=1)]
+ALL = slice(None)
 
 
 class ViewConfig(Config):
@@ -28,7 +30,8 @@ class ViewConfig(Config):
 
     Attributes:
         crop: least and greatest area of the random crop, as fractions of the image.
-        aspect: least and greatest width / height of the crop (SimCLR, arXiv 2002.05709, appendix A).
+        aspect: least and greatest width / height of the crop, relative to that of the input (SimCLR, arXiv
+            2002.05709, appendix A, where the input is square): how far the image may be stretched.
         hflip, vflip: probability of mirroring left-right and up-down.
         rot90: probability of a turn by 0, 90, 180 or 270 degrees, each alike.
         rotate: greatest rotation either way, degrees.
@@ -37,6 +40,8 @@ class ViewConfig(Config):
         gamma: greatest |log gamma|; the curve is applied between the view's own minimum and maximum.
         blur: probability of a Gaussian blur.
         blur_sigma: its least and greatest sigma, output pixels.
+        solarize: probability of inverting what is above the middle between the view's own minimum and maximum (BYOL,
+            arXiv 2006.07733, appendix B; photo only).
         noise: greatest standard deviation of Gaussian noise, normalised units.
         colour: greatest relative change of each colour channel by itself (photo only).
         grey: probability of dropping the colour (photo only).
@@ -53,6 +58,7 @@ class ViewConfig(Config):
     gamma: Strength = 0.0
     blur: Probability = 0.0
     blur_sigma: tuple[float, float] = (0.1, 1.0)
+    solarize: Probability = 0.0
     noise: Strength = 0.0
     colour: Strength = 0.0
     grey: Probability = 0.0
@@ -73,19 +79,25 @@ class Augment:
     Picklable: the albumentations pipelines are built in the process that first uses them.
     """
 
-    def __init__(self, configs: Sequence[ViewConfig], size: int, normalise: Normalise, seed: int) -> None:
+    def __init__(self, configs: Sequence[ViewConfig], size: ImageSize, normalise: Normalise, seed: int) -> None:
         self.configs = tuple(configs)
         self.size = size
         self.normalise = normalise
         self.seed = seed
         self._geometry: list[Any] | None = None
 
-    def __call__(self, pixels: Pixels, low: float, high: float, *, epoch: int, sample: int) -> list[Pixels]:
-        """The views of ``pixels`` (H, W) or (H, W, 3) in ``epoch``: float32, (size, size) or (size, size, 3) each."""
+    def __call__(
+        self, pixels: Pixels, low: float, high: float, *, epoch: int, sample: int, which: slice = ALL
+    ) -> list[Pixels]:
+        """The views of ``pixels`` (H, W) or (H, W, 3) in ``epoch``: float32, of the input's size, (h, w) or (h, w, 3).
+
+        ``which`` of the sample's views, when the others are made of another image.
+        """
         if self._geometry is None:
             self._geometry = [_geometry(config, self.size) for config in self.configs]
         views = []
-        for number, (config, geometry) in enumerate(zip(self.configs, self._geometry, strict=True)):
+        for number in range(len(self.configs))[which]:
+            config, geometry = self.configs[number], self._geometry[number]
             stream = rng(self.seed, epoch, sample, f"view{number}")
             geometry.set_random_state(stream, random.Random(int(stream.integers(2**63))))  # noqa: S311
             view = self.normalise(geometry(image=pixels)["image"], low, high)
@@ -96,16 +108,17 @@ class Augment:
         return self.__dict__ | {"_geometry": None}
 
 
-def letterbox(pixels: Pixels, size: int, fill: float) -> Pixels:
-    """The whole image inside a square of ``size`` pixels: aspect kept, nothing cut off, the rest ``fill``."""
+def letterbox(pixels: Pixels, size: ImageSize, fill: float) -> Pixels:
+    """The whole image inside a box of ``size`` pixels: aspect kept, nothing cut off, the rest ``fill``."""
     cv2 = _cv2()
     height, width = pixels.shape[:2]
-    scale = size / max(height, width)
+    box_height, box_width = sides(size)
+    scale = min(box_height / height, box_width / width)
     new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     resized = cv2.resize(pixels, (new_width, new_height), interpolation=method)
-    canvas = np.full((size, size, *pixels.shape[2:]), fill, dtype=pixels.dtype)
-    top, left = (size - new_height) // 2, (size - new_width) // 2
+    canvas = np.full((box_height, box_width, *pixels.shape[2:]), fill, dtype=pixels.dtype)
+    top, left = (box_height - new_height) // 2, (box_width - new_width) // 2
     canvas[top : top + new_height, left : left + new_width] = resized
     return canvas
 
@@ -121,14 +134,16 @@ def shrink(pixels: Pixels, size: int) -> Pixels:
     return np.asarray(cv2.resize(pixels, shape, interpolation=cv2.INTER_AREA))
 
 
-def _geometry(config: ViewConfig, size: int) -> Any:
+def _geometry(config: ViewConfig, size: ImageSize) -> Any:
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else the import asks the network for a newer version
     import albumentations
 
     cv2 = _cv2()
+    height, width = sides(size)
+    aspect = tuple(ratio * (width / height) for ratio in config.aspect)
     steps: list[Any] = [
         albumentations.RandomResizedCrop(
-            (size, size), scale=config.crop, ratio=config.aspect, area_for_downscale="image", p=1
+            (height, width), scale=config.crop, ratio=aspect, area_for_downscale="image", p=1
         )
     ]
     if config.rotate:  # after the crop, where it costs least; reflected, because black corners would tell the angle
@@ -137,13 +152,13 @@ def _geometry(config: ViewConfig, size: int) -> Any:
         steps.append(albumentations.HorizontalFlip(p=config.hflip))
     if config.vflip:
         steps.append(albumentations.VerticalFlip(p=config.vflip))
-    if config.rot90:
-        steps.append(albumentations.RandomRotate90(p=config.rot90))
+    if config.rot90:  # a view that is not square would not fit after a quarter turn, so there the image turns first
+        steps.insert(len(steps) if height == width else 0, albumentations.RandomRotate90(p=config.rot90))
     return albumentations.Compose(steps)
 
 
 def _intensity(view: Pixels, config: ViewConfig, stream: np.random.Generator) -> Pixels:
-    """Contrast, brightness, gamma, colour, blur, noise. Draws only for knobs that are set."""
+    """Contrast, brightness, gamma, colour, grey, blur, solarize, noise. Draws only for knobs that are set."""
     if config.contrast or config.brightness:
         factor = 1 + stream.uniform(-config.contrast, config.contrast)
         mean = view.mean()
@@ -158,6 +173,8 @@ def _intensity(view: Pixels, config: ViewConfig, stream: np.random.Generator) ->
         view = np.repeat(view.mean(axis=2, keepdims=True), view.shape[2], axis=2)
     if config.blur and stream.random() < config.blur:
         view = _cv2().GaussianBlur(view, (0, 0), stream.uniform(*config.blur_sigma))
+    if config.solarize and stream.random() < config.solarize:
+        view = _solarize(view)
     if config.noise:
         sigma = stream.uniform(0, config.noise)
         view = view + np.float32(sigma) * stream.standard_normal(view.shape, dtype=np.float32)
@@ -170,6 +187,12 @@ def _gamma(view: Pixels, gamma: float) -> Pixels:
         return view
     unit = (view - low) / (high - low)
     return np.asarray(low + (high - low) * unit**gamma, dtype=np.float32)
+
+
+def _solarize(view: Pixels) -> Pixels:
+    """x -> low + high - x above the middle of the view's own range: BYOL's 1 - x from 0.5 on, for any scale."""
+    low, high = view.min(), view.max()
+    return np.where(view > (low + high) / 2, low + high - view, view)
 
 
 def _cv2() -> Any:

@@ -55,7 +55,7 @@ class SimCLR(Method):
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
         """NT-Xent between the projections of the two views."""
         first, second = self._project(batch.views[0], batch.views[1])
-        return {"loss": nt_xent(first, second, self.config.temperature), "embeddings": first}
+        return {"loss": nt_xent(first, second, self.config.temperature, batch.groups), "embeddings": first}
 
     def _project(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.config.pool_batchnorm:
@@ -64,11 +64,13 @@ class SimCLR(Method):
         return both[: len(first)], both[len(first) :]
 
 
-def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
+def nt_xent(
+    first: torch.Tensor, second: torch.Tensor, temperature: float, groups: torch.Tensor | None = None
+) -> torch.Tensor:
     """The normalised temperature-scaled cross-entropy (arXiv 2002.05709, equation 1), mean over all 2N views.
 
     Negatives come from every process; positives are row i of the two (N, D) inputs. The reference code returns twice
-    this.
+    this. Rows of equal ``groups`` (N,) are no negatives of each other: they leave the denominator.
     """
     precision = torch.promote_types(first.dtype, torch.float32)  # exp(1 / temperature) overflows half precision
     with torch.autocast(first.device.type, enabled=False):
@@ -78,8 +80,14 @@ def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float) -> to
         logits = anchors @ everyone.T / temperature
         here = torch.arange(len(anchors), device=logits.device)
         offset = distributed.rank() * len(anchors)
+        positive = (here ^ 1) + offset
         logits = logits.index_put((here, here + offset), torch.full_like(logits[:, 0], -torch.inf))
-        return F.cross_entropy(logits, (here ^ 1) + offset)
+        if groups is not None:
+            own = groups.repeat_interleave(2)
+            friends = own[:, None] == distributed.gather(own)[None]
+            friends[here, positive] = False
+            logits = logits.masked_fill(friends, -torch.inf)
+        return F.cross_entropy(logits, positive)
 
 
 def projection_head(features: int, hidden: int, out: int, layers: int) -> nn.Sequential:

@@ -249,6 +249,7 @@ def test_what_is_there_is_not_overwritten(result: EvaluateResult, store: Store, 
         ({"seeds": 0}, "--seeds is 0"),
         ({"replicates": 10}, "at least 100"),
         ({"size": 4}, "--size is 4"),
+        ({"size": (32, 4)}, "--size is 4"),
         ({"workers": -1}, "--workers is -1"),
         ({"target": "sex"}, "finding"),
     ],
@@ -261,8 +262,11 @@ def test_wrong_options(store: Store, model: Path, tmp_path: Path, options: dict[
 def test_another_size_where_the_network_allows_it(store: Store, model: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"budgets": "100%", "seeds": 1, "replicates": 100, "size": 48}
     assert evaluate(model, store.path, out=tmp_path / "out", **options).protocol["size"] == 48
+    wide = evaluate(model, store.path, out=tmp_path / "wide", **(options | {"size": (32, 48)}))
+    assert json.loads((tmp_path / "wide" / "evaluation.json").read_text())["protocol"]["size"] == [32, 48]
+    assert wide.protocol["size"] == (32, 48)
     fixed = write_model(tmp_path / "vit", store, backbone=BackboneConfig(name="test_vit3", in_chans=1))
-    with pytest.raises(UsageError, match="test_vit3 takes images of 32 pixels"):
+    with pytest.raises(UsageError, match="test_vit3 takes images of 32 x 32 pixels; --size 48 x 48"):
         evaluate(fixed, store.path, **options)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from sslmed import artifact
 from sslmed.commands import finetune as finetuning
-from sslmed.commands.finetune import MIXED_KEYS, FinetuneResult, finetune
+from sslmed.commands.finetune import FinetuneResult, finetune
 from sslmed.commands.ingest import ingest
 from sslmed.commands.pretrain import PretrainResult
 from sslmed.config import DataError, MissingInputError, OutputExistsError, UsageError
@@ -228,7 +228,7 @@ def test_another_sites_key_makes_seen_unanswerable(
     overrides = (*finetune_settings, "train.max_steps=2")
     result = finetune(RECIPE, tmp_path / "store", tmp_path / "run", start=pretrained.run, overrides=overrides)
     card = artifact.read_card(result.run)
-    assert card.data.key_id == MIXED_KEYS
+    assert card.data.key_id == artifact.MIXED_KEYS
     store = Store(tmp_path / "store")
     assert artifact.patients_seen(result.run, store, store.rows()) is None
     assert result.seen is None
@@ -337,6 +337,15 @@ def test_random_needs_a_backbone(phantom_store: Store, finetune_settings: Settin
     refused(UsageError, words, tmp_path / "run", phantom_store.path, overrides=finetune_settings)
 
 
+@pytest.mark.parametrize("init", ["imagenet", "runs/absent"])
+def test_the_start_is_named_by_from_alone(
+    init: str, phantom_store: Store, random_settings: Settings, tmp_path: Path
+) -> None:
+    overrides = (*random_settings, f"backbone.init={init}")
+    words = f"backbone.init is {init}, but fine-tuning starts from what --from names"
+    refused(UsageError, words, tmp_path / "run", phantom_store.path, overrides=overrides)
+
+
 def test_another_modality(
     photo_store: Store, pretrained: PretrainResult, finetune_settings: Settings, tmp_path: Path
 ) -> None:
@@ -355,6 +364,11 @@ def test_a_budget_that_cannot_be_drawn(
 ) -> None:
     overrides = (*random_settings, f"labels.budget={budget}")
     refused(DataError, rf"labels\.budget={budget}", tmp_path / "run", phantom_store.path, overrides=overrides)
+
+
+def test_positives_are_for_pretraining(phantom_store: Store, random_settings: Settings, tmp_path: Path) -> None:
+    overrides = (*random_settings, "data.positives=patient")
+    refused(UsageError, "fine-tuning compares no views", tmp_path / "run", phantom_store.path, overrides=overrides)
 
 
 def test_an_unknown_target(phantom_store: Store, random_settings: Settings, tmp_path: Path) -> None:

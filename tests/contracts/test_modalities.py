@@ -19,6 +19,7 @@ INPUTS = {
     "one pixel": np.array([[7]], np.uint8),
 }
 ILLEGAL_VALUE = {"hflip": 0.5, "vflip": 0.5, "rot90": 0.5, "colour": 0.2, "grey": 0.2, "rotate": 5.0, "noise": 0.1}
+ILLEGAL_VALUE |= {"solarize": 0.2}
 
 
 @pytest.fixture(params=MODALITIES)

@@ -165,6 +165,7 @@ def test_a_batch_says_everything_that_a_method_needs(dataset: ViewDataset, phant
         assert not torch.equal(*batch.views)
         assert batch.target.tolist() == target[batch.ids.numpy()].tolist()
         assert batch.seed == 0
+        assert torch.equal(batch.groups, batch.ids)  # every image repels every other one
     first_epoch = {int(row): view for batch in seen[:2] for row, view in zip(batch.ids, batch.views[0], strict=True)}
     for batch in seen[2:4]:
         for row, view in zip(batch.ids, batch.views[0], strict=True):
@@ -177,19 +178,20 @@ def test_without_a_target_labels_are_minus_one(phantom_store: Store) -> None:
 
 
 def test_a_batch_moves_with_everything_it_holds() -> None:
-    batch = Batch([torch.zeros(2, 1, 4, 4)] * 2, torch.zeros(2), torch.arange(2), seed=3, epoch=4)
+    batch = Batch([torch.zeros(2, 1, 4, 4)] * 2, torch.zeros(2), torch.arange(2), torch.arange(2), seed=3, epoch=4)
     moved = batch.to("meta", non_blocking=True)
-    assert {tensor.device.type for tensor in (*moved.views, moved.target, moved.ids)} == {"meta"}
+    assert {tensor.device.type for tensor in (*moved.views, moved.target, moved.ids, moved.groups)} == {"meta"}
     assert (moved.seed, moved.epoch) == (3, 4)
 
 
 def test_views_of_several_sizes_stack_each_by_itself() -> None:
     from sslmed.data.loading import Sample
 
-    samples = [Sample([torch.zeros(1, 8, 8), torch.zeros(1, 4, 4)], row, 0, 2) for row in (5, 6, 7)]
+    samples = [Sample([torch.zeros(1, 8, 8), torch.zeros(1, 4, 4)], row, 0, row % 2, 2) for row in (5, 6, 7)]
     batch = Collate(9)(samples)
     assert [view.shape for view in batch.views] == [(3, 1, 8, 8), (3, 1, 4, 4)]
     assert (batch.ids.tolist(), batch.seed, batch.epoch) == ([5, 6, 7], 9, 2)
+    assert (batch.groups.tolist(), batch.groups.dtype) == ([1, 0, 1], torch.int64)
 
 
 def test_it_can_be_sent_to_a_worker(dataset: ViewDataset, phantom_store: Store) -> None:
@@ -214,6 +216,15 @@ def test_plain_batches_come_in_the_order_of_the_rows(batch_size: int, phantom_st
         low, high = phantom_store.range(row)
         expected = XRAY.normalise(letterbox(phantom_store.pixels(row), SIZE, low), low, high)
         np.testing.assert_array_equal(image[0].numpy(), expected)
+
+
+def test_an_input_that_is_not_square(phantom_store: Store) -> None:
+    rows, size = phantom_store.rows("val")[:3], (32, 48)
+    (batch,) = plain_loader(phantom_store, rows, size, XRAY, channels=1)
+    assert batch.views[0].shape == (3, 1, 32, 48)
+    assert torch.equal(batch.groups, batch.ids)
+    views = ViewDataset(phantom_store, XRAY, (XRAY.view, XRAY.view), size, 3, seed=0, target=None)[0, int(rows[0])]
+    assert [view.shape for view in views.views] == [(3, 32, 48)] * 2
 
 
 def test_network_input_pads_with_the_darkest_value() -> None:
@@ -252,7 +263,13 @@ def test_auto_leaves_two_cores_to_the_trainer(cores: int, workers: int, monkeypa
     assert DataConfig(workers=5).worker_count() == 5
 
 
-@pytest.mark.parametrize("settings", [{"size": 8}, {"workers": -1}, {"workers": "many"}, {"sizes": 96}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"size": 8}, {"size": (32,)}, {"size": (32, 8)}, {"size": (32, 32, 32)}, {"sizes": 96}),
+        *({"workers": -1}, {"workers": "many"}, {"positives": "twin"}, {"neighbour_mm": 0}),
+    ],
+)
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         DataConfig(**settings)

@@ -39,7 +39,7 @@ def test_all_but_the_two_broken_files_are_xrays(written: Phantoms) -> None:
 def test_the_table_fits_the_files(written: Phantoms) -> None:
     with written.labels.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["file", "patient", "label:finding"]
+    assert list(rows[0]) == ["file", "patient", "label:finding", "meta:study"]
     assert sorted(row["file"] for row in rows) == [
         p.relative_to(written.folder).as_posix() for p in find(written.folder)
     ]
@@ -53,6 +53,10 @@ def test_the_table_fits_the_files(written: Phantoms) -> None:
     assert len(by_patient) == written.patients == PATIENTS
     assert all(len(found) == 1 for found in by_patient.values())
     assert sum(found != {""} for found in by_patient.values()) == written.labelled_patients
+    for patient in by_patient:
+        studies = [row["meta:study"] for row in rows if row["patient"] == patient and row["meta:study"]]
+        assert studies == ["1", "1", "2", "2"][: len(studies)]
+        assert len(studies) >= 2
 
 
 def test_no_two_pictures_are_identical(written: Phantoms) -> None:

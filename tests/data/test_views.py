@@ -6,7 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from sslmed.data.modality import MODALITIES
-from sslmed.data.views import Augment, ViewConfig, letterbox, shrink
+from sslmed.data.views import Augment, ViewConfig, _intensity, letterbox, shrink
+from sslmed.keyed_rng import rng
 
 SIZE = 32
 XRAY = MODALITIES["xray"]
@@ -28,6 +29,7 @@ KNOBS: dict[str, tuple[dict[str, Any], dict[str, Any], np.ndarray]] = {
     "contrast": (SQUARE, {"contrast": 0.5}, GREY),
     "gamma": (SQUARE, {"gamma": 0.5}, GREY),
     "blur": (SQUARE | {"blur_sigma": (0.5, 1)}, {"blur": 1}, GREY),
+    "solarize": (SQUARE, {"solarize": 1}, GREY),
     "blur_sigma": (SQUARE | {"blur": 1, "blur_sigma": (0.5, 0.5)}, {"blur_sigma": (3, 3)}, GREY),
     "noise": (SQUARE, {"noise": 0.5}, GREY),
     "colour": (SQUARE, {"colour": 0.5}, RGB),
@@ -43,8 +45,8 @@ def unit(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
     return (pixels.astype(np.float32) - np.float32(low)) / np.float32(high - low)
 
 
-def views(config: ViewConfig, pixels: np.ndarray, count: int, size: int = SIZE, normalise: Any = unit) -> np.ndarray:
-    """``count`` views of one picture, (count, size, size[, 3]); unit scale, so that a grey picture fills 0 to 1."""
+def views(config: ViewConfig, pixels: np.ndarray, count: int, size: Any = SIZE, normalise: Any = unit) -> np.ndarray:
+    """``count`` views of one picture, (count, height, width[, 3]); unit scale, so that a grey picture fills 0 to 1."""
     augment = Augment((config,), size, normalise, seed=0)
     high = float(np.iinfo(pixels.dtype).max)
     return np.stack([augment(pixels, 0, high, epoch=0, sample=sample)[0] for sample in range(count)])
@@ -251,6 +253,76 @@ def test_colour_scales_each_channel_by_itself_and_grey_drops_it() -> None:
     np.testing.assert_allclose(grey, np.repeat(unit(RGB, 0, 255).mean(axis=2, keepdims=True), 3, axis=2), rtol=1e-5)
 
 
+def test_solarize_inverts_what_is_above_the_middle_as_often_as_asked() -> None:
+    """BYOL, arXiv 2006.07733, appendix B: x below 0.5, 1 - x from there on; here between the view's own ends."""
+    low, high = -1.5, 2.5
+    ramp = np.linspace(low, high, SIZE * SIZE, dtype=np.float32).reshape(SIZE, SIZE)
+    expected = np.where(ramp < 0.5, ramp, low + high - ramp)
+    made = views(ViewConfig(**SQUARE, solarize=0.3), GREY, 200, normalise=lambda *_: ramp)
+    inverted = np.abs(made - ramp).max(axis=(1, 2)) > 1
+    assert 0.2 < inverted.mean() < 0.4  # 3 standard deviations
+    np.testing.assert_array_equal(made[~inverted][0], ramp)
+    for view in made[inverted]:
+        np.testing.assert_allclose(view, expected, atol=1e-6)
+    flat = np.full((SIZE, SIZE), 9000, np.uint16)
+    np.testing.assert_array_equal(views(ViewConfig(**SQUARE, solarize=1), flat, 2, normalise=as_it_is), 9000)
+
+
+def test_solarize_comes_after_blur_and_leaves_other_views_as_they_were() -> None:
+    config = {"contrast": 0.4, "blur": 1.0, "blur_sigma": (1, 2), "noise": 0.0}
+    before, after = (views(ViewConfig(**SQUARE, **config, solarize=share), GREY, 3) for share in (0, 1))
+    for blurred, solarized in zip(before, after, strict=True):
+        ends = blurred.min() + blurred.max()
+        np.testing.assert_array_equal(solarized, np.where(blurred > ends / 2, ends - blurred, blurred))
+
+
+def test_knobs_that_are_not_set_draw_nothing() -> None:
+    """So a knob that is added leaves the views of every recipe without it as they were."""
+    view = np.asarray(unit(GREY, 0, 65535))
+    made = _intensity(view, ViewConfig(brightness=0.4, noise=0.2), rng(0, 0, 0, "view"))
+    stream = rng(0, 0, 0, "view")
+    stream.uniform(0, 0)  # contrast shares brightness's draw
+    shift, sigma = stream.uniform(-0.4, 0.4), stream.uniform(0, 0.2)
+    expected = view + shift + sigma * stream.standard_normal(view.shape, dtype=np.float32)
+    np.testing.assert_allclose(made, expected, atol=1e-5)
+
+
+# Height and width.
+
+
+def test_a_view_has_the_height_and_width_that_were_asked_for() -> None:
+    config = ViewConfig(crop=(0.3, 0.9), rotate=20, hflip=0.5, vflip=0.5, rot90=1, blur=1, noise=0.1)
+    for size in ((32, 48), (48, 32), (32, 32)):
+        for pixels in (GREY, RGB):
+            made = views(config, pixels, 8, size=size)  # quarter turns too: all of one shape
+            assert made.shape == (8, *size, *pixels.shape[2:])
+
+
+def test_one_number_is_a_square() -> None:
+    config = XRAY.view
+    np.testing.assert_array_equal(views(config, GREY, 3, size=24), views(config, GREY, 3, size=(24, 24)))
+
+
+def test_quarter_turns_of_a_view_that_is_not_square_keep_what_is_up_or_turn_it() -> None:
+    made = views(ViewConfig(crop=(0.99, 1), rot90=1), ramps(64, 64), 80, size=(32, 48), normalise=as_it_is)
+    across = np.diff(made[..., 0].mean(axis=1), axis=1).mean(axis=1)  # the source's columns, from left to right
+    down = np.diff(made[..., 0].mean(axis=2), axis=1).mean(axis=1)
+    quarter, half = np.abs(down) > np.abs(across), across < 0
+    assert 0.3 < quarter.mean() < 0.7
+    assert (half & ~quarter).any()
+    assert (~half & ~quarter).any()
+
+
+def test_aspect_is_relative_to_the_input() -> None:
+    """A crop of aspect 1 is not stretched, whatever the shape of the input, as nothing is outside training."""
+    config = ViewConfig(crop=(0.3, 0.5), aspect=(1, 1))
+    for size in ((32, 64), (64, 32)):
+        made = views(config, ramps(160, 160), 20, size=size, normalise=as_it_is)[:, 4:-4, 4:-4] / 256
+        across = np.diff(made[..., 0].mean(axis=1), axis=1).mean(axis=1)
+        down = np.diff(made[..., 1].mean(axis=2), axis=1).mean(axis=1)
+        np.testing.assert_allclose(across / down, 1, atol=0.06)
+
+
 # Bit depth.
 
 
@@ -310,6 +382,19 @@ def test_letterbox_cuts_nothing_off(shape: tuple[int, int]) -> None:
     assert corners == [20000, 30000, 40000, 50000]
 
 
+@pytest.mark.parametrize("size", [(32, 48), (48, 32), (20, 100)])
+@pytest.mark.parametrize("shape", [(40, 100), (100, 40), (64, 64), (64, 96), (7, 9), (300, 2), (1, 1)])
+def test_letterbox_in_a_box_that_is_not_square(size: tuple[int, int], shape: tuple[int, int]) -> None:
+    boxed = letterbox(np.full(shape, 200, np.uint8), size, fill=7.0)
+    assert boxed.shape == size
+    rows, columns = (np.unique(where) for where in np.nonzero(boxed == 200))
+    scale = min(size[0] / shape[0], size[1] / shape[1])
+    for found, length, whole in ((rows, shape[0], size[0]), (columns, shape[1], size[1])):
+        assert len(found) == found[-1] - found[0] + 1 == max(1, round(length * scale))
+        assert abs(found[0] - (whole - 1 - found[-1])) <= 1  # in the middle
+    assert len(rows) == size[0] or len(columns) == size[1]
+
+
 def test_letterbox_of_the_size_itself_is_the_image() -> None:
     np.testing.assert_array_equal(letterbox(GREY, SIZE, fill=0), GREY)
 
@@ -338,7 +423,8 @@ def test_shrink_averages_areas_and_leaves_small_images() -> None:
         ({"blur_sigma": (0, 1)}, "blur_sigma"),
         ({"hflip": 1.1}, "hflip"),
         ({"rotate": -1}, "rotate"),
-        ({"solarize": 1}, "solarize"),
+        ({"solarize": 2}, "solarize"),
+        ({"posterize": 1}, "posterize"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], words: str) -> None:

@@ -6,13 +6,18 @@ import ranks
 import torch
 from torch import nn
 
+from sslmed.data.loading import Batch
 from sslmed.data.modality import MODALITIES
 from sslmed.methods.simclr import SimCLR, SimCLRConfig, nt_xent, projection_head
 from sslmed.models.backbones import BackboneConfig, build
 
 
-def closed_form(first: np.ndarray, second: np.ndarray, temperature: float) -> tuple[float, np.ndarray]:
+def closed_form(
+    first: np.ndarray, second: np.ndarray, temperature: float, groups: np.ndarray | None = None
+) -> tuple[float, np.ndarray]:
     """Equation 1 of arXiv 2002.05709 in float64 loops, and its gradient with respect to the raw first views.
+
+    The sum below the fraction goes over the views of other groups, and the positive.
 
     d loss / d u_i = (sum_k P_ik u_k + sum_k P_ki u_k - 2 u_pos(i)) / (2N temperature) on the sphere, then projected:
     d u / d z = (I - u u^T) / |z|.
@@ -21,10 +26,12 @@ def closed_form(first: np.ndarray, second: np.ndarray, temperature: float) -> tu
     length = np.linalg.norm(raw, axis=1, keepdims=True)
     unit = raw / length
     views, half = len(raw), len(first)
+    group = np.tile(np.arange(half) if groups is None else groups, 2)
     probabilities = np.zeros((views, views))
     loss = 0.0
     for i in range(views):
-        weights = np.array([0.0 if k == i else np.exp(unit[i] @ unit[k] / temperature) for k in range(views)])
+        counts = [group[k] != group[i] or k == (i + half) % views for k in range(views)]
+        weights = np.array([counts[k] and np.exp(unit[i] @ unit[k] / temperature) for k in range(views)])
         probabilities[i] = weights / weights.sum()
         loss -= np.log(probabilities[i, (i + half) % views]) / views
     positive = np.roll(unit, half, axis=0)
@@ -45,19 +52,48 @@ def test_nt_xent_equals_the_closed_form_by_value_and_gradient(temperature: float
     np.testing.assert_allclose(z.grad, gradient, atol=1e-12)
 
 
-def test_nt_xent_equals_lightly_by_value_and_gradient() -> None:
-    from lightly.loss import NTXentLoss
+GROUPS = [[4, 4, 0, 4, 1, 0, 7, 2], [0, 0, 1, 1, 2, 2, 3, 3], [5, 0, 1, 2, 3, 4, 5, 6]]
 
-    stream = torch.Generator().manual_seed(1)
-    views = [torch.randn(16, 32, generator=stream, dtype=torch.float64) for _ in range(2)]
-    gradients = []
-    for loss in (lambda a, b: nt_xent(a, b, 0.1), NTXentLoss(temperature=0.1)):
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_a_group_does_not_repel_itself(groups: list[int]) -> None:
+    stream = np.random.default_rng(4)
+    first, second = stream.normal(size=(2, 8, 5))
+    loss, gradient = closed_form(first, second, 0.2, np.array(groups))
+    z = torch.tensor(first, requires_grad=True)
+    ours = nt_xent(z, torch.tensor(second), 0.2, torch.tensor(groups))
+    ours.backward()
+    assert ours.item() == pytest.approx(loss, abs=1e-12)
+    assert ours.item() < nt_xent(z, torch.tensor(second), 0.2).item() - 0.01
+    np.testing.assert_allclose(z.grad, gradient, atol=1e-12)
+
+
+def test_groups_that_all_differ_change_no_bit() -> None:
+    views = [torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    found = []
+    for groups in (None, torch.arange(16).flip(0)):
         z = [view.clone().requires_grad_() for view in views]
-        value = loss(*z)
-        value.backward()
-        gradients.append((value.item(), torch.cat([each.grad for each in z])))
-    assert gradients[0][0] == pytest.approx(gradients[1][0], abs=1e-10)
-    torch.testing.assert_close(gradients[0][1], gradients[1][1], atol=1e-10, rtol=0)
+        loss = nt_xent(*z, 0.2, groups)
+        loss.backward()
+        found.append((loss.detach(), *(each.grad for each in z)))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_a_batch_of_one_group_has_nothing_to_learn_and_no_nan() -> None:
+    z = torch.randn(4, 3, dtype=torch.float64).requires_grad_()
+    loss = nt_xent(z, torch.randn(4, 3, dtype=torch.float64), 0.2, torch.zeros(4, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(z.grad, torch.zeros_like(z))
+
+
+def test_the_loss_of_a_batch_takes_its_groups() -> None:
+    method = ranks.small_method("simclr").eval()
+    views = [torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    ids = torch.arange(4)
+    for groups in (ids, torch.tensor([0, 0, 1, 2])):
+        loss = method.loss(Batch(views, ids, ids, groups, seed=0, epoch=0))["loss"]
+        assert torch.equal(loss, nt_xent(*method._project(*views), 0.2, groups))
 
 
 def test_half_precision_embeddings_are_compared_in_fp32() -> None:
@@ -98,14 +134,3 @@ def test_both_views_follow_the_modality() -> None:
     method = SimCLR(SimCLRConfig(), build(BackboneConfig(name="test_resnet"), 32, 0))
     for modality in MODALITIES.values():
         assert method.views(modality) == (modality.view, modality.view)
-
-
-@pytest.mark.ddp
-def test_two_processes_give_the_loss_and_gradient_of_one() -> None:
-    stream = np.random.default_rng(3)
-    first, second = stream.normal(size=(2, 8, 6))
-    loss, gradient = closed_form(first, second, 0.2)
-    views = [torch.tensor(first), torch.tensor(second)]
-    answers = ranks.on_two_ranks(ranks.embedding_gradient, "sslmed.methods.simclr.nt_xent", views, 0.2)
-    assert answers[0][0] == pytest.approx(loss, abs=1e-12)
-    np.testing.assert_allclose(torch.cat([answer[1][0] for answer in answers]), gradient, atol=1e-12)
