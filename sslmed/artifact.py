@@ -21,7 +21,7 @@ import pydantic
 import torch
 from torch import nn
 
-from sslmed import __version__
+from sslmed import __version__, image_size
 from sslmed.config import Config, DataError, DiskError, MissingInputError
 from sslmed.data import identity
 from sslmed.data.loading import Rows
@@ -29,10 +29,11 @@ from sslmed.data.modality import MODALITIES, Modality
 from sslmed.data.store import Store
 from sslmed.durable import PARTIAL, sha256
 from sslmed.keyed_rng import rng
-from sslmed.models.backbones import BackboneConfig, build
+from sslmed.models.backbones import BackboneConfig, build, timm_arguments
 
 SCHEMA: Final = 1
 MANIFEST = "MANIFEST.json"
+MIXED_KEYS = "mixed"  # no site has this key id, so that "seen in training?" is answered "cannot tell"
 SELF_TEST_TOLERANCE = 1e-4  # relative to the largest feature: other CPUs add in another order
 
 
@@ -60,11 +61,11 @@ class Card(Config):
     """What a later command must know to use the weights without any flag.
 
     Attributes:
-        size: side of the square input, pixels.
+        size: of the input, pixels: the side of a square, or height and width.
         normalisation: the modality's, in words.
         method: pretext task or supervised task, as in the recipe; ``none`` when the backbone was not pretrained.
         recipe: the resolved recipe of the run.
-        parent: sha256 of the weights that fine-tuning started from.
+        parent: sha256 of the weights that training started from; none when they were random.
     """
 
     schema_version: Literal[1] = SCHEMA
@@ -72,7 +73,7 @@ class Card(Config):
     torch_version: str = torch.__version__
     backbone: BackboneConfig
     num_features: int
-    size: int
+    size: image_size.ImageSize
     modality: str
     normalisation: str
     method: dict[str, Any]
@@ -296,6 +297,19 @@ def describe(store: Store, rows: Rows) -> DataCard:
     )
 
 
+def inherit(
+    data: DataCard, seen: np.ndarray[Any, np.dtype[np.uint8]], parent: Path | str
+) -> tuple[DataCard, np.ndarray[Any, np.dtype[np.uint8]]]:
+    """What a training saw together with what the artifact ``parent`` that it started from had seen.
+
+    Digests under two keys cannot be told apart, so then the key is ``MIXED_KEYS``.
+    """
+    everybody = np.unique(np.concatenate([seen, read_fingerprint(parent)]), axis=0)
+    if read_card(parent).data.key_id != data.key_id:
+        data = data.model_copy(update={"key_id": MIXED_KEYS})
+    return data, everybody
+
+
 def in_words(policy: Modality) -> str:
     """The modality's normalisation as its function describes itself."""
     return (policy.normalise.__doc__ or "").splitlines()[0].rstrip(".")
@@ -324,7 +338,7 @@ def _load_tensors(module: nn.Module, path: Path) -> None:
 
 def _self_test_input(card: Card) -> torch.Tensor:
     stream = rng(0, 0, 0, "self-test")
-    shape = (2, card.backbone.in_chans, card.size, card.size)
+    shape = (2, card.backbone.in_chans, *image_size.sides(card.size))
     return torch.from_numpy(stream.standard_normal(shape, dtype=np.float32))
 
 
@@ -340,10 +354,11 @@ def _features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def _readme(card: Card) -> str:
     name, channels = card.backbone.name, card.backbone.in_chans
+    options = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(card.backbone, card.size).items())
     task = f"`{card.head.name}` of `{card.head.target}`: {', '.join(card.head.classes)}" if card.head else "backbone"
     return f"""# {name}, {card.modality}, {card.method.get("name", "none")}
 
-{task}. {channels}-channel {card.modality} images, {card.size} x {card.size} pixels, {card.normalisation}.
+{task}. {channels}-channel {card.modality} images, {image_size.in_words(card.size)} pixels, {card.normalisation}.
 Trained for {card.steps} steps on {card.data.images} images of {card.data.patients} patients
 (data fingerprint `{card.data.fingerprint[:16]}`). Licence of the weights: {card.licence}.
 Not a medical device: research use only.
@@ -353,6 +368,6 @@ import sslmed
 backbone = sslmed.load_backbone("artifact")  # checks every digest
 
 import timm
-backbone = timm.create_model("{name}", in_chans={channels}, num_classes=0, checkpoint_path="artifact/model.safetensors")
+backbone = timm.create_model("{name}", {options}, checkpoint_path="artifact/model.safetensors")
 ```
 """

@@ -1,3 +1,4 @@
+import ast
 import errno
 import json
 import os
@@ -21,6 +22,7 @@ from sslmed.commands.verify import verify
 from sslmed.config import DataError, DiskError, MissingInputError
 from sslmed.data.store import Store
 from sslmed.durable import sha256
+from sslmed.image_size import ImageSize, sides
 from sslmed.models.backbones import BackboneConfig, build
 
 NAME, SIZE = "test_resnet", 32
@@ -101,6 +103,16 @@ def test_the_card_comes_back_equal(good: Path) -> None:
     assert content["schema_version"] == artifact.SCHEMA
     assert content["sslmed_version"] == sslmed.__version__
     assert content["torch_version"] == torch.__version__
+
+
+def test_an_input_that_is_not_square(tmp_path: Path) -> None:
+    folder = tmp_path / "artifact"
+    artifact.write(folder, network(), card(size=(32, 48)), SEEN)
+    assert artifact.read_card(folder).size == (32, 48)
+    assert json.loads((folder / "card.json").read_text())["size"] == [32, 48]
+    assert load_file(folder / "selftest.safetensors")["input"].shape == (2, 1, 32, 48)
+    assert artifact.self_test(folder).passed
+    assert "32 x 48 pixels" in (folder / "README.md").read_text()
 
 
 def test_writing_leaves_the_network_as_it_was(tmp_path: Path) -> None:
@@ -262,6 +274,35 @@ def test_plain_timm_loads_every_tensor(good: Path) -> None:
         torch.testing.assert_close(module.eval()(IMAGES), ours(IMAGES), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        (BackboneConfig(name=NAME), SIZE),
+        (BackboneConfig(name="test_vit", patch=8), (32, 48)),
+        (BackboneConfig(name="test_vit", patch=8, pool="avg", drop_path=0.1, in_chans=3), (32, 48)),
+    ],
+)
+def test_the_line_in_the_readme_loads_the_same_weights(
+    config: BackboneConfig, size: ImageSize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = build(config, size, 1).network
+    artifact.write(tmp_path / "artifact", module, card(backbone=config, size=size), SEEN)
+    monkeypatch.chdir(tmp_path)
+    lines = (tmp_path / "artifact" / "README.md").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("backbone = timm.create_model("))
+    (statement,) = ast.parse(line).body
+    assert isinstance(statement, ast.Assign)
+    assert isinstance(statement.value, ast.Call)
+    given = {str(each.arg): ast.literal_eval(each.value) for each in statement.value.keywords}
+    loaded = timm.create_model(*(ast.literal_eval(each) for each in statement.value.args), **given)
+    state = module.state_dict()
+    assert loaded.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+    images = torch.randn(2, config.in_chans, *sides(size))
+    with torch.inference_mode():
+        assert torch.equal(loaded.eval()(images), sslmed.load_backbone(tmp_path / "artifact")(images))
+
+
 def test_load_backbone_gives_the_network_that_was_written(good: Path) -> None:
     module = sslmed.load_backbone(str(good))
     original = network().eval()
@@ -375,3 +416,17 @@ def test_what_the_card_says_of_a_store(phantom_store: Store) -> None:
     assert (data.images, data.patients) == (len(rows), len(set(phantom_store.patients(rows).tolist())))
     assert (data.fingerprint, data.key_id) == (phantom_store.fingerprint, phantom_store.key_id)
     assert data.split_digest == phantom_store.split_digest
+
+
+# What it passes on.
+
+
+def test_who_starts_from_it_has_seen_everybody_that_it_had(good: Path, copy: Path) -> None:
+    seen = np.arange(16, 32, dtype=np.uint8).reshape(2, 8)
+    data, everybody = artifact.inherit(card().data, seen, good)
+    assert data == card().data
+    np.testing.assert_array_equal(everybody, np.arange(32, dtype=np.uint8).reshape(4, 8))
+    other = card().data.model_copy(update={"key_id": "87654321"})
+    assert artifact.inherit(other, seen, good)[0].key_id == artifact.MIXED_KEYS
+    artifact.write(copy, network(), card(data=other.model_copy(update={"key_id": artifact.MIXED_KEYS})), SEEN)
+    assert artifact.inherit(other, seen, copy)[0].key_id == artifact.MIXED_KEYS
