@@ -19,17 +19,19 @@ class OptimConfig(Config):
 
     Attributes:
         lr: peak learning rate, before ``lr_rule``.
-        lr_rule: how ``lr`` follows the global batch B: ``constant``; ``linear``, times B / 256 (Goyal et al.,
-            arXiv 1706.02677); ``sqrt``, times sqrt(B / 256) (SimCLR, arXiv 2002.05709, appendix B.1).
+        lr_rule: how ``lr`` follows the global batch B, over all processes and accumulated parts: ``constant``;
+            ``linear``, times B / 256 (Goyal et al., arXiv 1706.02677); ``sqrt``, times sqrt(B / 256) (SimCLR,
+            arXiv 2002.05709, appendix B.1).
         weight_decay: for weights with two dimensions or more; biases and norm layers have none.
         warmup: share of all optimizer steps during which the rate climbs linearly, from 0 at the first
             (as in SimCLR's reference).
         final_lr: where half a cosine leads after the last step, as a share of the peak.
-        momentum: of SGD.
+        momentum: of SGD and LARS.
         betas: of AdamW.
+        trust: coefficient of LARS; its learning rates are some hundred times those of SGD.
     """
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "lars"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
     lr_rule: Literal["constant", "linear", "sqrt"] = "constant"
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
@@ -37,6 +39,7 @@ class OptimConfig(Config):
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    trust: Annotated[float, Field(gt=0)] = 1e-3
 
     def peak_lr(self, batch_size: int) -> float:
         """The peak learning rate for a global batch of ``batch_size`` samples."""
@@ -61,7 +64,51 @@ def build_optimizer(config: OptimConfig, groups: Parameters, batch_size: int) ->
     lr = config.peak_lr(batch_size)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True)
+    if config.name == "lars":
+        return LARS(groups, lr, config.momentum, config.trust)
     return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=True)
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al., arXiv 1708.03888), as the joint-embedding papers use it.
+
+    For weights of two dimensions or more, with d = g + wd p:
+
+        q = trust |p| / |d|  (1 if either norm is 0)      mu <- momentum mu + q d      p <- p - lr mu
+
+    Biases and norm layers, of one dimension, are neither decayed nor adapted: d = g and q = 1. The rate comes after
+    the momentum, as in the PyTorch references (Barlow Twins, VICReg, MoCo v3); SimCLR's TensorFlow code multiplies it
+    in before, which differs while the rate changes.
+    """
+
+    def __init__(self, groups: Parameters, lr: float, momentum: float = 0.9, trust: float = 1e-3) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+        direction = gradient
+        if parameter.ndim > 1:
+            direction = gradient.add(parameter, alpha=group["weight_decay"])
+            weight, step = parameter.norm(), direction.norm()
+            adapted = (weight > 0) & (step > 0)
+            direction = direction * torch.where(adapted, group["trust"] * weight / step, torch.ones_like(weight))
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        state["momentum_buffer"].mul_(group["momentum"]).add_(direction)
+        parameter.sub_(state["momentum_buffer"], alpha=group["lr"])
 
 
 def scheduled(config: OptimConfig, groups: Parameters, batch_size: int, total_steps: int) -> dict[str, Any]:

@@ -72,19 +72,36 @@ def gather_gradient(rows: list[list[float]], weights: list[list[float]]) -> list
     return local.grad.tolist()
 
 
-def embedding_gradient(loss: str, views: list[Any], *settings: Any) -> tuple[float, list[Any]]:
-    """Mean loss over ranks, and its gradient with respect to this rank's rows of each view, as DDP scales it."""
+def loss_gradient(
+    loss: str, inputs: dict[str, torch.Tensor], settings: dict[str, Any], by: tuple[str, ...], sabotage: str | None
+) -> tuple[float, list[torch.Tensor]]:
+    """Mean loss over ranks, and its gradient by this rank's rows of some inputs, as DDP scales it.
+
+    ``sabotage`` names a wrong gather of this module to use instead.
+    """
     from importlib import import_module
 
     from sslmed import distributed
 
+    if sabotage:
+        distributed.gather = globals()[sabotage]
     module, name = loss.rsplit(".", 1)
-    local = [view.chunk(WORLD)[distributed.rank()].clone().requires_grad_() for view in views]
-    value = getattr(import_module(module), name)(*local, *settings)
+    local = {key: value.chunk(WORLD)[distributed.rank()].clone() for key, value in inputs.items()}
+    for key in by:
+        local[key].requires_grad_()
+    value = getattr(import_module(module), name)(**local, **settings)
     value.backward()
     mean = value.detach().clone()
     torch.distributed.all_reduce(mean)
-    return mean.item() / WORLD, [view.grad / WORLD for view in local]
+    return mean.item() / WORLD, [local[key].grad / WORLD for key in by]
+
+
+def gather_without_gradient(local: torch.Tensor) -> torch.Tensor:
+    """The usual mistake: the right loss, and about half of its gradient."""
+    parts = [torch.empty_like(local) for _ in range(WORLD)]
+    torch.distributed.all_gather(parts, local.detach())
+    parts[torch.distributed.get_rank()] = local
+    return torch.cat(parts)
 
 
 def parameter_gradient(method: str, batch: Any) -> dict[str, torch.Tensor]:
@@ -99,7 +116,8 @@ def half(batch: Any, rank: int) -> Any:
     from sslmed.data.loading import Batch
 
     views = [view.chunk(WORLD)[rank] for view in batch.views]
-    return Batch(views, batch.target.chunk(WORLD)[rank], batch.ids.chunk(WORLD)[rank], batch.seed, batch.epoch)
+    rest = [each.chunk(WORLD)[rank] for each in (batch.target, batch.ids, batch.groups)]
+    return Batch(views, *rest, batch.seed, batch.epoch)
 
 
 def gradients(method: str, batch: Any, average: bool = False) -> dict[str, torch.Tensor]:
@@ -121,7 +139,7 @@ def small_method(name: str, normalise_samples: bool = False) -> Any:
 
     torch.manual_seed(0)
     kind = METHODS[name]
-    method = kind(kind.Config(name=name), build(kind.example, 32, 0))
+    method = kind(kind.Config(name=name, **kind.example_settings), build(kind.example, 32, 0))
     if normalise_samples:
         _without_batchnorm(method)
     return method

@@ -3,10 +3,13 @@
 import math
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from sslmed.optim import OptimConfig, build_optimizer, decay_groups, warmup_cosine
+from sslmed.optim import OptimConfig, build_optimizer, decay_groups, scheduled, warmup_cosine
+from sslmed.training.trainer import TrainConfig, build_trainer
 
 
 def test_warm_up_climbs_from_zero_and_the_cosine_ends_at_the_final_rate() -> None:
@@ -44,7 +47,7 @@ def test_frozen_parameters_get_no_group() -> None:
     assert all(not group["params"] for group in decay_groups([layer], 0.1))
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
 def test_weight_decay_alone_shrinks_weights_and_spares_biases(name: str) -> None:
     layer = nn.Linear(3, 3)
     before = [p.detach().clone() for p in layer.parameters()]
@@ -54,3 +57,88 @@ def test_weight_decay_alone_shrinks_weights_and_spares_biases(name: str) -> None
     optimizer.step()
     assert layer.weight.norm() < before[0].norm()
     assert torch.equal(layer.bias, before[1])
+
+
+# step: rate, gradient; then |p|, |g + wd p|, q = trust |p| / |g + wd p|, momentum and weights after it, worked out by
+# hand for p = (3, 4), weight decay 0.5, trust 0.1, momentum 0.9. The rate changes, so its place shows.
+LARS_TABLE = [
+    (1.0, (1.5, -2.0), (2.5, 4.0)),  # |p| 5, |(3, 0)| 3, q 1/6, mu (0.5, 0)
+    (0.5, (-1.25, 0.0), (2.275, 3.7641504717)),  # 4.7169905660, |(0, 2)| 2, 0.2358495283, (0.45, 0.4716990566)
+    # 4.3982330286, |(2.1375, 2.8820752359)| 3.5882117991, 0.1225745099, (0.6670030150, 0.7777981106)
+    (0.25, (1.0, 1.0), (2.1082492462, 3.5697009440)),
+]
+
+
+def test_three_steps_of_lars_equal_a_table_worked_out_by_hand() -> None:
+    weight, bias = nn.Parameter(torch.tensor([[3.0, 4.0]]).double()), nn.Parameter(torch.ones(2).double())
+    config = OptimConfig(name="lars", lr=1.0, trust=0.1)
+    groups = [{"params": [weight], "weight_decay": 0.5}, {"params": [bias], "weight_decay": 0.0}]
+    optimizer = build_optimizer(config, groups, 256)
+    expected_bias, momentum = 1.0, 0.0
+    for rate, gradient, expected in LARS_TABLE:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        weight.grad, bias.grad = torch.tensor([gradient]).double(), torch.full((2,), 0.1, dtype=torch.float64)
+        optimizer.step()
+        assert weight.tolist()[0] == pytest.approx(expected, abs=1e-7)
+        momentum = 0.9 * momentum + 0.1  # neither decayed nor adapted
+        expected_bias -= rate * momentum
+        assert bias.tolist() == pytest.approx([expected_bias] * 2, abs=1e-12)
+
+
+@pytest.mark.parametrize("zero", ["weight", "gradient"])
+def test_lars_takes_a_plain_step_where_a_norm_is_zero(zero: str) -> None:
+    weight = nn.Parameter(torch.zeros(1, 2) if zero == "weight" else torch.ones(1, 2))
+    weight.grad = torch.ones(1, 2) if zero == "weight" else torch.zeros(1, 2)
+    optimizer = build_optimizer(OptimConfig(name="lars", lr=0.5), [{"params": [weight], "weight_decay": 0.0}], 256)
+    optimizer.step()
+    assert weight.tolist() == [[-0.5, -0.5]] if zero == "weight" else [[1.0, 1.0]]
+
+
+def test_lars_resumes_from_its_state() -> None:
+    def run(steps: int, optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> None:
+        for step in range(steps):
+            weight.grad = torch.full_like(weight, 1.0 + step)
+            optimizer.step()
+
+    whole, parted = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    config = OptimConfig(name="lars", lr=0.5)
+    first, second = (build_optimizer(config, [{"params": [p], "weight_decay": 0.1}], 256) for p in (whole, parted))
+    run(1, first, whole)
+    run(1, second, parted)
+    third = build_optimizer(config, [{"params": [parted], "weight_decay": 0.1}], 256)
+    third.load_state_dict(second.state_dict())
+    run(2, first, whole)
+    run(2, third, parted)
+    assert torch.equal(whole, parted)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("rule", ["constant", "linear", "sqrt"])
+def test_the_rate_of_every_performed_step_is_the_closed_form(accumulate: int, rule: str) -> None:
+    """Through Lightning: first, warm-up, middle, last; in performed steps, whatever is accumulated."""
+    total, batch_size, rates = 20, 64, []
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 1)
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self) -> object:
+            settings = OptimConfig(lr=0.1, lr_rule=rule, warmup=0.25, final_lr=0.1)
+            return scheduled(settings, decay_groups([self], 0.0), batch_size, total)
+
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    config = TrainConfig(max_steps=total, batch_size=batch_size, accumulate=accumulate, precision=32, devices="cpu")
+    build_trainer(config, total, []).fit(Module(), DataLoader(torch.ones(total * accumulate, 1)))
+    peak = {"constant": 0.1, "linear": 0.025, "sqrt": 0.05}[rule]
+    assert len(rates) == total
+    assert rates[:6] == pytest.approx([peak * step / 5 for step in range(6)])
+    for step in (10, 19):
+        cosine = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 5) / 15))
+        assert rates[step] == pytest.approx(peak * cosine)

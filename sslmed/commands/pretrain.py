@@ -12,15 +12,17 @@ from sslmed.config import DataError, UsageError
 from sslmed.console import command
 from sslmed.data import modality
 from sslmed.data.loading import Rows, ViewDataset, plain_loader, steps_per_epoch
+from sslmed.data.positives import Positives
 from sslmed.data.store import Store
 from sslmed.evaluation import metrics, probes
 from sslmed.methods import METHODS
 from sslmed.methods.method import Method
-from sslmed.models.backbones import build
 from sslmed.recipe import PretrainRecipe, changes, dump, load_pretrain
 from sslmed.run import Run, read_metrics
 from sslmed.training.fit import fit, seed_everything
 from sslmed.training.monitors import Monitor
+from sslmed.training.pictures import Pictures
+from sslmed.training.starts import Kind, Start, start, worded
 from sslmed.training.trainer import lightning_precision
 
 PROBE_IMAGES = 1000  # at most, of train and of val: the probe while training is a thermometer, not a result
@@ -50,7 +52,10 @@ class PretrainResult:
 
 @dataclass(frozen=True)
 class PretrainPlan:
-    """What a pretraining would do."""
+    """What a pretraining would do.
+
+    ``start`` says what became of the weights that it starts from, ``notes`` what else it would say at its beginning.
+    """
 
     parameters: int
     backbone_parameters: int
@@ -59,6 +64,8 @@ class PretrainPlan:
     steps: int
     steps_per_epoch: int
     disk_bytes: int
+    start: tuple[str, ...]
+    notes: tuple[str, ...]
     next: str
 
     def lines(self) -> list[str]:
@@ -68,6 +75,8 @@ class PretrainPlan:
             f"{self.parameters:,} parameters, {self.backbone_parameters:,} of them in the backbone",
             f"{self.steps} optimizer steps, {self.steps_per_epoch} an epoch",
             f"about {self.disk_bytes / 1e6:.0f} MB on disk",
+            *self.start,
+            *self.notes,
         ]
 
     def as_dict(self) -> dict[str, Any]:
@@ -88,7 +97,9 @@ def pretrain(
         resume: go on with an interrupted run; everything else must be as it was.
 
     Raises:
-        UsageError: a wrong recipe, or a resume that would change recipe or data.
+        UsageError: a wrong recipe, or a resume that would change recipe, data or start weights.
+        MissingInputError: there is no store, or there are no weights where ``backbone.init`` points.
+        DataError: weights that are damaged, do not fill the network, or have learnt from labels.
         OutputExistsError: ``out`` is there and ``resume`` is not set.
         TrainingAborted: non-finite loss or collapsed embeddings.
         Interrupted: a signal; the checkpoint is saved.
@@ -97,26 +108,26 @@ def pretrain(
     store = Store(data)
     rows = _training_rows(store)
     settings.train.total_steps(len(rows))
-    method, dataset = _assemble(settings, store)
+    method, dataset, begun, notes = _assemble(settings, store)
     probe = _probe(method.exported, settings, store)
-    run = _open(settings, store, out, resume)
+    run = _open(settings, store, begun, out, resume)
     if run.done:
         run.close()
         return PretrainResult(**run.result)
     with run:
         run.say(f"pretraining {settings.backbone.name} with {settings.method.name} on {len(rows)} images")  # type: ignore[attr-defined]
-        monitor = Monitor(
-            settings.monitor,
-            run,
-            settings.train.batch_size,
-            steps_per_epoch(len(rows), settings.train.batch_size),
-            probe,
-        )
+        for line in () if resume else (*begun.lines, *notes):
+            run.say(line)
+        batch_size, workers = settings.train.batch_size, settings.data.worker_count()
+        epoch_steps = steps_per_epoch(len(rows), batch_size)
+        monitor = Monitor(settings.monitor, run, batch_size, epoch_steps, probe)
+        pictures = Pictures(run, settings.monitor.pictures_every * epoch_steps)
         fitted = fit(
-            method, dataset, rows, settings.train, settings.optim, run, monitor, workers=settings.data.worker_count()
+            method, dataset, rows, settings.train, settings.optim, run, monitor, workers=workers, callbacks=[pictures]
         )
-        card = _card(settings, store, rows, method, fitted.steps)
-        artifact.write(run.artifact, method.exported, card, artifact.fingerprint(store, rows))
+        data_card, seen = begun.described(artifact.describe(store, rows), artifact.fingerprint(store, rows))
+        card = _card(settings, store, data_card, begun, method, fitted.steps)
+        artifact.write(run.artifact, method.exported, card, seen)
         result = PretrainResult(
             str(run.path),
             str(run.artifact),
@@ -134,7 +145,7 @@ def plan(recipe: str | Path, data: str | Path, *, overrides: Sequence[str] = ())
     settings = load_pretrain(recipe, overrides)
     store = Store(data)
     rows = _training_rows(store)
-    method, _ = _assemble(settings, store)
+    method, _, begun, notes = _assemble(settings, store)
     parameters = sum(parameter.numel() for parameter in method.parameters())
     return PretrainPlan(
         parameters,
@@ -144,6 +155,8 @@ def plan(recipe: str | Path, data: str | Path, *, overrides: Sequence[str] = ())
         settings.train.total_steps(len(rows)),
         steps_per_epoch(len(rows), settings.train.batch_size),
         2 * parameters * BYTES_A_PARAMETER,  # while a checkpoint is written the earlier one is still there
+        begun.lines,
+        notes,
         command("sslmed", "pretrain", recipe, "--data", data, "--out", "RUN", *overrides),
     )
 
@@ -155,31 +168,66 @@ def _training_rows(store: Store) -> Rows:
     return rows
 
 
-def _assemble(settings: PretrainRecipe, store: Store) -> tuple[Method, ViewDataset]:
+def _assemble(settings: PretrainRecipe, store: Store) -> tuple[Method, ViewDataset, Start, tuple[str, ...]]:
+    """Method, data and start weights, and what the user should know of method and data."""
     policy = modality.with_views(modality.named(store.modality), settings.views)
     seed_everything(settings.train.seed)
-    backbone = build(settings.backbone, settings.data.size, settings.train.seed)
+    begun = start(settings.backbone, settings.data.size, policy, settings.train.seed)
+    if begun.card is not None and begun.card.head is not None:
+        raise DataError(
+            f"{settings.backbone.init} was fine-tuned with labels, so that no later probe would have few labels.\n"
+            "Start from the pretrained artifact that it came from"
+        )
     channels, stored = settings.backbone.in_chans, int(store.index.channels.max())
     if channels < stored:
         raise UsageError(
             f"backbone.in_chans is {channels}, but the store holds {stored} channels; set backbone.in_chans={stored}"
         )
-    method = METHODS[settings.method.name](settings.method, backbone)  # type: ignore[attr-defined]
-    views = method.views(policy)
-    return method, ViewDataset(store, policy, views, settings.data.size, channels, settings.train.seed, None)
+    method = METHODS[settings.method.name](settings.method, begun.backbone)  # type: ignore[attr-defined]
+    positives = _positives(settings, method, store)
+    notes = [positives.note()] if positives else []
+    notes += method.notes(policy, settings.train.batch_size)
+    views, size, seed = method.views(policy), settings.data.size, settings.train.seed
+    return method, ViewDataset(store, policy, views, size, channels, seed, None, positives), begun, tuple(notes)
 
 
-def _open(settings: PretrainRecipe, store: Store, out: str | Path, resume: bool) -> Run:
+def _positives(settings: PretrainRecipe, method: Method, store: Store) -> Positives | None:
+    kind = settings.data.positives
+    if kind == "image":
+        return None
+    if not method.compares_views:
+        comparing = ", ".join(name for name, each in METHODS.items() if each.compares_views)
+        raise UsageError(
+            f"data.positives is {kind}, but {settings.method.name} sees one image at a time; "  # type: ignore[attr-defined]
+            f"it is for {comparing}. Use data.positives=image"
+        )
+    return Positives(kind, store, _training_rows(store), settings.data.neighbour_mm)
+
+
+def _open(settings: PretrainRecipe, store: Store, begun: Start, out: str | Path, resume: bool) -> Run:
     facts = {
         "seed": settings.train.seed,
         "data_fingerprint": store.fingerprint,
+        "start_weights": begun.weights,
         "precision": lightning_precision(settings.train),
     }
     if not resume:
         return Run.start(out, "pretrain", dump(settings), facts)
     run = Run.resume(out, "pretrain")
-    run.refuse_changes(changes(load_pretrain(run.recipe), settings), facts)
+    before = load_pretrain(run.recipe)
+    run.refuse_changes(changes(_without_path(before), _without_path(settings)), facts)
     return run
+
+
+def _without_path(settings: PretrainRecipe) -> PretrainRecipe:
+    """Weights may have moved: whether they are the same their digest tells."""
+    if settings.backbone.init in ("random", "imagenet"):
+        return settings
+    return _worded(settings, "file")
+
+
+def _worded(settings: PretrainRecipe, kind: Kind) -> PretrainRecipe:
+    return settings.model_copy(update={"backbone": worded(settings.backbone, kind)})
 
 
 def _probe(network: nn.Module, settings: PretrainRecipe, store: Store) -> Callable[[], dict[str, float]] | None:
@@ -209,8 +257,10 @@ def _spread(rows: Rows) -> Rows:
     return rows[:: -(-len(rows) // PROBE_IMAGES)] if len(rows) else rows
 
 
-def _card(settings: PretrainRecipe, store: Store, rows: Rows, method: Method, steps: int) -> artifact.Card:
-    policy = modality.named(store.modality)
+def _card(
+    settings: PretrainRecipe, store: Store, data: artifact.DataCard, begun: Start, method: Method, steps: int
+) -> artifact.Card:
+    policy, settings = modality.named(store.modality), _worded(settings, begun.kind)
     return artifact.Card(
         backbone=settings.backbone,
         num_features=method.backbone.num_features,
@@ -219,8 +269,9 @@ def _card(settings: PretrainRecipe, store: Store, rows: Rows, method: Method, st
         normalisation=artifact.in_words(policy),
         method=settings.method.model_dump(mode="json"),
         recipe=settings.model_dump(mode="json"),
-        data=artifact.describe(store, rows),
+        data=data,
         steps=steps,
+        parent=begun.parent,
     )
 
 

@@ -53,6 +53,7 @@ class Method(pl.LightningModule, ABC):
     Attributes:
         compares_views: the views of a sample may come from two images that belong together (``data.positives``).
         example: a small network that the method takes, for the contract tests.
+        example_settings: of its config, where the default is too large for them.
         overfit: how the contract test sees that it learns.
         without_gradient: trainable parameters that the loss does not reach, by name.
     """
@@ -60,6 +61,7 @@ class Method(pl.LightningModule, ABC):
     Config: ClassVar[type[Config]]
     compares_views: ClassVar[bool] = False
     example: ClassVar[BackboneConfig] = BackboneConfig(name="test_resnet")
+    example_settings: ClassVar[dict[str, Any]] = {}
     overfit: ClassVar[Overfit] = Overfit(steps=60, ratio=0.5)
     without_gradient: ClassVar[frozenset[str]] = frozenset()
 

@@ -1,16 +1,22 @@
 """timm backbones: built from a seed, pooled features out. The one place that imports timm."""
 
 import difflib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import timm
 import torch
 from pydantic import Field
+from timm.layers.patch_embed import PatchEmbed, resample_patch_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models.eva import Eva
+from timm.models.vision_transformer import Block as Block  # for decoders
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from sslmed.config import Config, UsageError
+from sslmed.config import Config, MissingInputError, UsageError
 from sslmed.image_size import ImageSize, in_words, sides
 from sslmed.keyed_rng import key
+from sslmed.models.masking import take_tokens
 
 
 class BackboneConfig(Config):
@@ -19,7 +25,8 @@ class BackboneConfig(Config):
     Attributes:
         name: a timm model name, such as ``resnet18``.
         in_chans: input channels; 1 for greyscale, 3 for colour.
-        init: where the weights start.
+        init: where the weights start: ``random``, ``imagenet`` (timm's own for that model), or a run, an artifact or a
+            weight file. In a card it says only of what kind that was: ``artifact`` or ``file``.
         drop_path: stochastic depth rate.
         patch: side of a transformer's patches, pixels; timm's own for that model by default.
         pool: how a transformer's tokens become one feature vector, the class token or their mean; timm's own for that
@@ -28,7 +35,7 @@ class BackboneConfig(Config):
 
     name: str = "resnet18"
     in_chans: Annotated[int, Field(ge=1, le=64)] = 1
-    init: Literal["random"] = "random"
+    init: Annotated[str, Field(min_length=1)] = "random"
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     patch: Annotated[int, Field(ge=1, le=128)] | None = None
     pool: Literal["token", "avg"] | None = None
@@ -74,6 +81,131 @@ def timm_arguments(config: BackboneConfig, size: ImageSize) -> dict[str, Any]:
         return _create(config, size)[1]
 
 
+class TokenEncoder:
+    """A backbone's vision transformer, opened between patch embedding and blocks: hidden patches enter no block.
+
+    It takes timm's VisionTransformer and Eva classes, with class and register tokens, absolute and rotary positions. It
+    has no weights of its own.
+
+    Attributes:
+        grid: rows and columns of patches.
+        patch: height and width of a patch, pixels.
+        width: of a token.
+        prefix: tokens before the patches, which are the class token and registers.
+    """
+
+    def __init__(self, backbone: Backbone, method: str) -> None:
+        """``method`` is who asks, for the error.
+
+        Raises:
+            UsageError: the network is no such transformer, or one patch's token knows of another patch's pixels.
+        """
+        self.network = cast(Any, backbone.network)
+        wrong = _not_openable(self.network)
+        if wrong:
+            name = getattr(self.network, "pretrained_cfg", {}).get("architecture", type(self.network).__name__)
+            raise UsageError(f"{method} needs a vision transformer, such as vit_tiny_patch16_224; {name} {wrong}")
+        self.grid: tuple[int, int] = self.network.patch_embed.grid_size
+        self.patch: tuple[int, int] = self.network.patch_embed.patch_size
+        self.width: int = self.network.embed_dim
+        self.prefix: int = self.network.num_prefix_tokens
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Patches without positions: (N, L, width), or (N, rows, columns, width) of a network with dynamic size."""
+        patches: torch.Tensor = self.network.patch_embed(images)
+        return patches
+
+    def encode(self, patches: torch.Tensor, keep_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalised tokens (N, prefix + K, width) of what ``embed`` gave.
+
+        Args:
+            keep_ids: positions of the K patches that enter, (N, K); by default all in order.
+        """
+        tokens = self.network._pos_embed(patches)
+        tokens, rotary = tokens if isinstance(tokens, tuple) else (tokens, None)
+        if keep_ids is not None:
+            visible = take_tokens(tokens[:, self.prefix :], keep_ids)
+            tokens = torch.cat([tokens[:, : self.prefix], visible], dim=1)
+            rotary = _rotary_of(rotary, keep_ids)
+        tokens = self.network.norm_pre(tokens)
+        for number, block in enumerate(self.network.blocks):
+            if rotary is None:
+                tokens = block(tokens)
+            else:
+                tokens = block(tokens, rope=rotary[number] if self.network.rope_mixed else rotary)
+        # where timm averages tokens, its last norm comes after the mean, and norm does nothing
+        normalised: torch.Tensor = self.network.fc_norm(self.network.norm(tokens))
+        return normalised
+
+    def fix_positions(self, positions: torch.Tensor) -> None:
+        """Give the patches these positions (L, width), the prefix zeros, and stop training them.
+
+        A network with rotary positions alone stays as it is.
+        """
+        if self.network.pos_embed is None:
+            return
+        with torch.no_grad():
+            self.network.pos_embed.zero_()
+            self.network.pos_embed[0, -len(positions) :] = positions
+        self.network.pos_embed.requires_grad_(False)
+
+
+def _not_openable(network: Any) -> str | None:
+    if not isinstance(network, VisionTransformer | Eva):
+        return f"is none ({type(network).__name__}); allowed: timm's classes VisionTransformer and Eva"
+    stem = network.patch_embed
+    if not isinstance(stem, PatchEmbed) or stem.proj.kernel_size != stem.proj.stride:
+        return f"mixes patches before its blocks ({type(stem).__name__}), so that what is hidden would leak"
+    if getattr(network, "attn_pool", None) is not None:
+        return "pools by attention, which would stay untrained; set backbone.pool=avg"
+    return None
+
+
+def _rotary_of(rotary: torch.Tensor | None, keep_ids: torch.Tensor) -> torch.Tensor | None:
+    """Of chosen patches: (L, E) becomes (N, 1, K, E), and (blocks, heads, L, E) becomes (blocks, N, heads, K, E)."""
+    if rotary is None:
+        return None
+    chosen = rotary[..., keep_ids, :]
+    return chosen[:, None] if rotary.ndim == 2 else chosen.transpose(1, 2)
+
+
+def published(config: BackboneConfig, size: ImageSize) -> tuple[str, dict[str, torch.Tensor]]:
+    """timm's own pretrained weights, from its cache or the network: their name there, and their tensors.
+
+    They have the channels and the classifier that they were published with; timm has fitted positions and patches to
+    this input.
+
+    Raises:
+        MissingInputError: timm has no weights for this model, or they cannot be had from here.
+    """
+    options = {"patch_size": config.patch} if config.patch else {}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            network, _ = _sized(config.name, size, options, pretrained=True)
+    except Exception as error:  # whatever the cache, the network and timm's loaders may raise
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise MissingInputError(
+            f"timm's pretrained weights for {config.name} cannot be had: {type(error).__name__}: {reason[:200]}\n"
+            "Fetch them on a machine with network, and give the file: backbone.init=FILE; or backbone.init=random"
+        ) from error
+    tag = network.pretrained_cfg.get("tag")  # type: ignore[union-attr, operator]
+    architecture = config.name.partition(".")[0]
+    return f"timm's {architecture}.{tag}" if tag else f"timm's {architecture}", network.state_dict()
+
+
+def resample_positions(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
+    """Position embeddings (1, prefix + old grid, D) for the ``new`` grid: bicubic, antialiased, prefix tokens kept."""
+    prefix = table.shape[1] - old[0] * old[1]
+    resampled: torch.Tensor = resample_abs_pos_embed(table, list(new), list(old), num_prefix_tokens=prefix)
+    return resampled
+
+
+def resample_patches(weight: torch.Tensor, sides: tuple[int, int]) -> torch.Tensor:
+    """A patch embedding (D, C, h, w) for patches of other sides, pixels (FlexiViT, arXiv 2212.08013, section 3.4)."""
+    resampled: torch.Tensor = resample_patch_embed(weight, list(sides))
+    return resampled
+
+
 def _create(config: BackboneConfig, size: ImageSize) -> tuple[nn.Module, dict[str, Any]]:
     if not timm.is_model(config.name):
         near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
@@ -98,14 +230,16 @@ def _create(config: BackboneConfig, size: ImageSize) -> tuple[nn.Module, dict[st
     return network, options
 
 
-def _sized(name: str, size: ImageSize, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def _sized(
+    name: str, size: ImageSize, options: dict[str, Any], pretrained: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
     try:  # ViTs and Swins are built for one input size
         named = options | {"img_size": size}
-        return timm.create_model(name, pretrained=False, **named), named
+        return timm.create_model(name, pretrained=pretrained, **named), named
     except TypeError as error:
         if "img_size" not in str(error):
             raise
-        return timm.create_model(name, pretrained=False, **options), options
+        return timm.create_model(name, pretrained=pretrained, **options), options
 
 
 def _pooled_width(network: nn.Module) -> int:

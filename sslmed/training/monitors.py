@@ -1,10 +1,9 @@
-"""What is watched while training: loss, embeddings, speed, and a nearest-neighbour probe. Alarms say what they saw."""
+"""What is watched while training: loss, embeddings, norms, speed, and a nearest-neighbour probe."""
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pytorch_lightning as pl
 import torch
@@ -13,6 +12,7 @@ from pydantic import Field
 
 from sslmed.config import Config, TrainingAborted
 from sslmed.run import Run
+from sslmed.training.alarms import Action, Alarms
 
 RANKME_ROWS = 1024
 
@@ -23,14 +23,21 @@ class MonitorConfig(Config):
     Attributes:
         log_every: optimizer steps between lines of metrics.jsonl.
         knn_every: epochs between nearest-neighbour probes on val patients, when labels exist; 0 is never.
+        pictures_every: epochs between pictures of what the network makes of images, for methods that draw some; 0 is
+            at the end alone.
         collapse: what happens when embeddings have collapsed: ``stop`` (exit 3), ``warn`` or ``off``.
-        collapse_steps: for how many steps in a row they must look collapsed.
+        collapse_steps: for how many steps in a row embeddings must look collapsed, or a momentum network frozen.
+        explosion: what happens when the norm of the gradient or of the embeddings is 100 times what it was.
+        frozen: what happens when a momentum network no longer follows.
     """
 
     log_every: Annotated[int, Field(ge=1)] = 10
     knn_every: Annotated[int, Field(ge=0)] = 5
-    collapse: Literal["stop", "warn", "off"] = "stop"
+    pictures_every: Annotated[int, Field(ge=0)] = 10
+    collapse: Action = "stop"
     collapse_steps: Annotated[int, Field(ge=1)] = 200
+    explosion: Action = "warn"
+    frozen: Action = "stop"
 
 
 class Monitor(pl.Callback):
@@ -53,7 +60,9 @@ class Monitor(pl.Callback):
         self.config, self.run, self.images, self.epoch_steps, self.probe = config, run, images, epoch_steps, probe
         self._loss = torch.zeros(())
         self._recent: deque[torch.Tensor] = deque()
-        self._collapsed_since: int | None = None
+        actions: dict[str, Action] = {name: getattr(config, name) for name in ("collapse", "explosion", "frozen")}
+        self._alarms = Alarms(actions, config.collapse_steps, config.log_every, run.say)
+        self._gradient_norm: torch.Tensor | None = None
         self._speed = _Speed()
         self._lr = 0.0
 
@@ -64,6 +73,13 @@ class Monitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # afterwards it is the next step's
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self._due(trainer.global_step + 1, int(trainer.max_steps)):
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self._gradient_norm = torch.stack(torch._foreach_norm(gradients)).norm()
 
     def on_train_batch_end(
         self,
@@ -78,8 +94,11 @@ class Monitor(pl.Callback):
             return
         self._remember(pl_module.monitored.get("embeddings"))
         step, total = trainer.global_step, int(trainer.max_steps)
-        if step % self.config.log_every == 0 or step == total:
+        if self._due(step, total):
             self._log(step, total, pl_module.monitored)
+            averaged = getattr(pl_module, "averaged", None)
+            if averaged is not None:
+                self._alarms.look_at_average(step, total, averaged[1])
         if (
             self.probe
             and self.config.knn_every
@@ -88,10 +107,10 @@ class Monitor(pl.Callback):
             self._run_probe(step, self.probe)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"collapsed_since": self._collapsed_since}
+        return self._alarms.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._collapsed_since = state["collapsed_since"]  # or a run that is preempted often would never raise the alarm
+        self._alarms.load_state_dict(state)
 
     def check_finite(self) -> None:
         """Raise when the last loss is not a number.
@@ -105,11 +124,14 @@ class Monitor(pl.Callback):
                 "Lower optim.lr or lengthen optim.warmup, then start a new run."
             )
 
+    def _due(self, step: int, total: int) -> bool:
+        return step % self.config.log_every == 0 or step == total
+
     def _log(self, step: int, total: int, outputs: dict[str, torch.Tensor]) -> None:
         self.check_finite()
         scalars = {name: float(value) for name, value in outputs.items() if value.ndim == 0}
         rate, left = self._speed.measure(step, total)
-        health = self._health()
+        health, norms = self._health(), self._norms()
         self.run.log(
             step,
             epoch=step / self.epoch_steps,
@@ -118,13 +140,16 @@ class Monitor(pl.Callback):
             seconds_left=left,
             **scalars,
             **health,
+            **norms,
         )
         if self._speed.due(step == total):
             parts = [f"step {step}/{total}", f"epoch {step / self.epoch_steps:.1f}", f"loss {scalars['loss']:.4f}"]
             parts += [f"{name} {value:.3g}" for name, value in health.items()]
             self.run.say("  ".join([*parts, f"{rate * self.images:.0f} images/s", f"{_clock(left)} left"]))
         if "embedding_std" in health:
-            self._watch_collapse(step, health["embedding_std"], outputs["embeddings"].shape[1])
+            self._alarms.look_at_embeddings(step, health["embedding_std"], outputs["embeddings"].shape[1])
+        for name, norm in norms.items():
+            self._alarms.look_at_norm(step, name, norm)
 
     def _remember(self, embeddings: torch.Tensor | None) -> None:
         if embeddings is None:
@@ -138,24 +163,13 @@ class Monitor(pl.Callback):
             return {}
         return {"embedding_std": embedding_std(self._recent[-1]), "rankme": rankme(torch.cat(list(self._recent)))}
 
-    def _watch_collapse(self, step: int, std: float, width: int) -> None:
-        healthy = 1 / math.sqrt(width)
-        if self.config.collapse == "off" or std >= 0.1 * healthy:
-            self._collapsed_since = None
-            return
-        if self._collapsed_since is None:
-            self._collapsed_since = step
-        if step - self._collapsed_since < self.config.collapse_steps:
-            return
-        message = (
-            f"the embeddings have collapsed: their standard deviation is {std:.2g} since step {self._collapsed_since}, "
-            f"where {healthy:.2g} is healthy. All images look alike to the network: lower optim.lr, "
-            "lengthen optim.warmup, raise train.batch_size, or strengthen the views."
-        )
-        if self.config.collapse == "stop":
-            raise TrainingAborted(message + " (monitor.collapse=warn goes on.)")
-        self.run.say(f"warning: {message}")
-        self._collapsed_since = step
+    def _norms(self) -> dict[str, float]:
+        found = {}
+        if self._gradient_norm is not None:
+            found["gradient_norm"] = float(self._gradient_norm)
+        if self._recent:
+            found["embedding_norm"] = float(self._recent[-1].norm(dim=1).mean())
+        return found
 
     def _run_probe(self, step: int, probe: Callable[[], dict[str, float]]) -> None:
         scores = probe()

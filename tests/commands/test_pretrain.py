@@ -1,5 +1,6 @@
 import csv
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import ranks
 import torch
 
 from sslmed import artifact
+from sslmed.commands.evaluate import evaluate
+from sslmed.commands.finetune import finetune
 from sslmed.commands.ingest import ingest
+from sslmed.commands.predict import predict
 from sslmed.commands.pretrain import PretrainResult, plan, pretrain
 from sslmed.config import DataError, MissingInputError, OutputExistsError, TrainingAborted, UsageError
 from sslmed.data.store import Store
@@ -228,6 +232,61 @@ def test_a_plan_finds_what_a_run_would_stumble_over(phantom_store: Store, pretra
         plan(RECIPE, phantom_store.path, overrides=(*pretrain_settings, "train.batch_size=5000"))
 
 
+# Positives from metadata.
+
+
+def test_positives_are_said_and_change_what_is_learnt(
+    quick: tuple[str, ...], phantom_store: Store, tmp_path: Path, reads: Any
+) -> None:
+    rows = phantom_store.rows("train", "unlabelled")
+    study = phantom_store.meta("study")[rows]
+    pairs = Counter(zip(phantom_store.patients(rows).tolist(), study.tolist(), strict=True))
+    having = sum(count for count in pairs.values() if count > 1)
+    note = f"positives: {having} of {len(rows)} images have another image of the same study"
+    overrides = (*quick, "data.positives=study")
+    assert plan(RECIPE, phantom_store.path, overrides=overrides).lines()[-1] == note
+    assert reads.rows == []
+    pretrain(RECIPE, phantom_store.path, tmp_path / "study", overrides=overrides)
+    assert set(reads.rows) <= set(rows.tolist())
+    assert len(reads.rows) > 3 * 16 * 1.5  # most views but the first are of another image
+    assert note in (tmp_path / "study" / "train.log").read_text()
+    pretrain(RECIPE, phantom_store.path, tmp_path / "image", overrides=quick)
+    assert sha256(tmp_path / "image" / WEIGHTS) != sha256(tmp_path / "study" / WEIGHTS)
+    assert "positives" not in (tmp_path / "image" / "train.log").read_text()
+
+
+def test_positives_that_cannot_be(quick: tuple[str, ...], phantom_store: Store, photo_store: Store) -> None:
+    with pytest.raises(UsageError, match=r"rotation sees one image at a time; it is for simclr, byol.*positives=image"):
+        plan(RECIPE, phantom_store.path, overrides=("method={name: rotation}", "data.positives=patient"))
+    with pytest.raises(UsageError, match=r"needs the meta column 'series', but .* has study"):
+        plan(RECIPE, phantom_store.path, overrides=(*quick, "data.positives=neighbour"))
+    colour = ("backbone.in_chans=3", "train.batch_size=8", "data.positives=patient")
+    with pytest.raises(DataError, match="none of the 14 training images has another image of the same patient"):
+        plan(RECIPE, photo_store.path, overrides=(*quick, *colour))
+
+
+# Height and width.
+
+
+def test_an_input_that_is_not_square_goes_the_whole_way(
+    quick: tuple[str, ...],
+    finetune_settings: tuple[str, ...],
+    phantom_store: Store,
+    phantom_images: Path,
+    tmp_path: Path,
+) -> None:
+    run, model = tmp_path / "run", tmp_path / "model"
+    pretrain(RECIPE, phantom_store.path, run, overrides=(*quick, "data.size=[32, 48]", "train.max_steps=2"))
+    assert artifact.read_card(run).size == (32, 48)
+    found = evaluate(run, phantom_store.path, budgets="100%", seeds=1, replicates=100)
+    assert found.as_dict()["protocol"]["size"] == [32, 48]
+    overrides = (*finetune_settings, "train.max_steps=2")
+    finetune("xray/classification", phantom_store.path, model, start=run, overrides=overrides)
+    assert artifact.read_card(model).size == (32, 48)
+    assert artifact.self_test(model).passed
+    assert predict(model, phantom_images, tmp_path / "predictions").images > 0
+
+
 # Colour.
 
 
@@ -260,6 +319,7 @@ def test_colour_and_grey_through_a_colour_network(
         (["views.vflip=0.5"], r"views\.vflip.*xray"),
         (["data.target=colour"], "colour"),
         (["train.epoch=3"], "did you mean 'epochs'"),
+        (["backbone.init=imagnet"], r"'backbone\.init' is imagnet.*allowed: random, imagenet"),
     ],
 )
 def test_a_wrong_setting_leaves_no_run(
@@ -282,6 +342,8 @@ def test_missing_inputs(phantom_store: Store, tmp_path: Path) -> None:
         pretrain(tmp_path / "absent.yaml", phantom_store.path, tmp_path / "run")
     with pytest.raises(MissingInputError, match="without --resume"):
         pretrain(RECIPE, phantom_store.path, tmp_path / "run", resume=True)
+    with pytest.raises(MissingInputError, match="no weights at"):
+        pretrain(RECIPE, phantom_store.path, tmp_path / "run", overrides=["backbone.init=runs/absent"])
     assert list(tmp_path.iterdir()) == []
 
 

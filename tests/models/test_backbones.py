@@ -1,10 +1,14 @@
 """Backbones come from a seed alone, say how wide they are, and refuse what timm cannot make."""
 
+from typing import Any
+
 import pytest
+import timm
 import torch
 
-from sslmed.config import UsageError
-from sslmed.models.backbones import BackboneConfig, build
+from sslmed.config import MissingInputError, UsageError
+from sslmed.image_size import ImageSize
+from sslmed.models.backbones import BackboneConfig, build, published
 
 
 @pytest.mark.parametrize(
@@ -61,3 +65,42 @@ def test_drop_path_drops_only_in_training() -> None:
     assert not torch.equal(backbone(images), backbone(images))
     backbone.eval()
     assert torch.equal(backbone(images), backbone(images))
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [({"name": "test_resnet"}, 32), ({"name": "test_vit"}, 64), ({"name": "test_vit", "patch": 8}, (32, 48))],
+)
+def test_timms_own_weights_are_fitted_to_the_input_and_whole(
+    settings: dict[str, Any], size: ImageSize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What timm would fetch is put before it; everything behind that is timm's."""
+    original = timm.create_model(settings["name"]).state_dict()
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: dict(original))
+    state = torch.get_rng_state()
+    source, found = published(BackboneConfig(in_chans=1, **settings), size)
+    assert torch.equal(torch.get_rng_state(), state), "the global stream stays where it was"
+    assert source == "timm's " + settings["name"] + ".r160_in1k"
+    wanted = build(BackboneConfig(in_chans=3, **settings), size, 0).network.state_dict()
+    assert {name: tensor.shape for name, tensor in wanted.items()}.items() <= {
+        name: tensor.shape for name, tensor in found.items()
+    }.items()
+    same = [name for name in wanted if name not in ("pos_embed", "patch_embed.proj.weight")]
+    assert all(torch.equal(found[name], original[name]) for name in same)
+
+
+def test_weights_of_timm_that_lack_a_tensor_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = timm.create_model("test_resnet").state_dict()
+    del original["layer1.0.conv1.weight"]
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: original)
+    with pytest.raises(MissingInputError, match="cannot be had"):
+        published(BackboneConfig(name="test_resnet"), 32)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "resnet18.a1_in1k", "darknet17"])
+def test_weights_that_cannot_be_had(name: str) -> None:
+    """Tests have no network; and timm has no weights for darknet17."""
+    with pytest.raises(MissingInputError, match=r"cannot be had.*\n.*backbone\.init=FILE") as caught:
+        published(BackboneConfig(name=name), 64)
+    assert caught.value.exit_code == 66
+    assert len(str(caught.value).splitlines()) <= 6
