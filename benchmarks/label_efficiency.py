@@ -9,7 +9,6 @@ cell by cell and writes docs/label_efficiency.md; a stopped table goes on where 
 
 import argparse
 import dataclasses
-import hashlib
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import plain_loop
 import torch
+import xrays
 from cells import Cells
 from torch import nn
 
 import sslmed
-from sslmed.data import modality
-from sslmed.data.loading import plain_loader
 from sslmed.data.store import Store
 from sslmed.durable import sha256
 from sslmed.evaluation import predictions, probes, protocol
@@ -56,8 +54,7 @@ class Benchmark:
     """The stages of the table, each a set of cells."""
 
     def __init__(self, source: Path, work: Path) -> None:
-        work.mkdir(parents=True, exist_ok=True)
-        self.work, self.store = work, _store(source, work)
+        self.work, self.store = work, xrays.open_store(source, work)
         self.cells = Cells(RESULTS, COMMAND)
 
     def run(self, stage: str) -> None:
@@ -65,7 +62,7 @@ class Benchmark:
         if stage == "plain":
             self._cell("pretrain-plain", lambda: plain_loop.pretrain(self.store, EPOCHS, 0, self.work / "plain.pt"))
         elif stage == "sslmed":
-            self._cell("pretrain-sslmed", self._pretrain, recipe=_recipe_text(RECIPE))
+            self._cell("pretrain-sslmed", self._pretrain, recipe=xrays.recipe_text(RECIPE))
         elif stage == "linear":
             self._linear()
         elif stage.startswith("finetune-"):
@@ -103,7 +100,11 @@ class Benchmark:
         """Logistic regression on frozen features: scores of each arm and draw, and their table by budget."""
         if all(self._known(f"linear-{budget}-against-{reference}") for budget, reference in _PAIRS):
             return
-        target, test, train = self.store.target(TARGET), self._rows("test"), self._rows("train")
+        target, test, train = (
+            self.store.target(TARGET),
+            xrays.labelled(self.store, "test", TARGET),
+            xrays.labelled(self.store, "train", TARGET),
+        )
         scores: Scores = {}
         for arm in ARMS:
             features: dict[int, tuple[Any, Any]] = {}
@@ -134,7 +135,7 @@ class Benchmark:
                     lambda budget=budget, seed=seed, steps=steps: self._finetune_one(arm, budget, seed, steps),
                     steps=steps,
                     start=self._weights(arm),
-                    recipe=_recipe_text(FINETUNE_RECIPE),
+                    recipe=xrays.recipe_text(FINETUNE_RECIPE),
                 )
 
     def _finetune_one(self, arm: str, budget: str, seed: int, steps: int) -> dict[str, Any]:
@@ -163,12 +164,12 @@ class Benchmark:
                 lambda runs=runs: _as_json(predictions.compare(runs, "random", REPLICATES)),
                 steps=FINETUNE_STEPS[budget],
                 start=self._weights("sslmed"),
-                recipe=_recipe_text(FINETUNE_RECIPE),
+                recipe=xrays.recipe_text(FINETUNE_RECIPE),
             )
         linear = {
             (budget, reference): self._read(f"linear-{budget}-against-{reference}") for budget, reference in _PAIRS
         }
-        TABLE.write_text(_markdown(self.store, self.cells, linear, finetuned), encoding="utf-8")
+        TABLE.writexrays.interval(_markdown(self.store, self.cells, linear, finetuned), encoding="utf-8")
 
     def _known(self, name: str) -> dict[str, Any] | None:
         return self.cells.finished(name, epochs=EPOCHS, split=self.store.split_digest, **self._linear_settings())
@@ -182,17 +183,12 @@ class Benchmark:
     def _linear_settings(self) -> dict[str, Any]:
         return {"weights": {arm: self._weights(arm) for arm in ("plain", "sslmed")}}
 
-    def _rows(self, split: str) -> npt.NDArray[np.int64]:
-        rows = self.store.rows(split)
-        return rows[self.store.target(TARGET)[rows] >= 0]
-
     def _draws(self, train: npt.NDArray[np.int64], seed: int) -> list[protocol.Draw]:
         target = self.store.target(TARGET)[train]
         return protocol.draws(self.store.patients(train), target, protocol.parse(BUDGETS), [seed])[0]
 
     def _embed(self, arm: str, seed: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        policy = modality.named(self.store.modality)
-        return probes.embed(self._network(arm, seed), plain_loader(self.store, rows, SIZE, policy, channels=1))
+        return xrays.embed(self._network(arm, seed), self.store, rows, SIZE)
 
 
 def _summary(
@@ -256,9 +252,9 @@ def _frozen(linear: Any) -> str:
     for budget in FINETUNE_STEPS:
         for arm in ARMS:
             row, other = (linear[budget, reference]["auroc"][arm] for reference in ("random", "plain"))
-            differences = [_text(row["difference"], "+"), _text(other["difference"], "+")]
-            rows.append([budget, arm, _text(row["value"]), _number(row["draw_sd"]), *differences])
-    return _grid(["labels", "arm", "AUROC", "sd of draws", "less random", "less plain"], rows)
+            differences = [xrays.interval(row["difference"], "+"), xrays.interval(other["difference"], "+")]
+            rows.append([budget, arm, xrays.interval(row["value"]), xrays.number(row["draw_sd"]), *differences])
+    return xrays.grid(["labels", "arm", "AUROC", "sd of draws", "less random", "less plain"], rows)
 
 
 def _fine(finetuned: Any) -> str:
@@ -266,9 +262,13 @@ def _fine(finetuned: Any) -> str:
     for budget, steps in FINETUNE_STEPS.items():
         for arm in ("random", "sslmed"):
             row = finetuned[budget]["auroc"][arm]
-            values = [_text(row["value"]), _number(row["draw_sd"]), _text(row["difference"], "+")]
+            values = [
+                xrays.interval(row["value"]),
+                xrays.number(row["draw_sd"]),
+                xrays.interval(row["difference"], "+"),
+            ]
             rows.append([budget, str(steps), arm, *values])
-    return _grid(["labels", "steps", "start", "AUROC", "sd of draws", "less random"], rows)
+    return xrays.grid(["labels", "steps", "start", "AUROC", "sd of draws", "less random"], rows)
 
 
 def _cost(cells: Cells) -> str:
@@ -276,39 +276,7 @@ def _cost(cells: Cells) -> str:
     for arm in ("plain", "sslmed"):
         made = cells.made(f"pretrain-{arm}")
         rows.append([arm, f"{made['cpu_seconds']:.0f}", str(made["threads"]), "fp32", made["device"], made["commit"]])
-    return _grid(["arm", "CPU seconds", "threads", "precision", "device", "commit"], rows)
-
-
-def _grid(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
-
-
-def _text(interval: Any, sign: str = "") -> str:
-    if interval is None:
-        return "—"
-    return f"{interval['mean']:{sign}.3f} [{interval['low']:{sign}.3f}, {interval['high']:{sign}.3f}]"
-
-
-def _number(value: float | None) -> str:
-    return "—" if value is None else f"{value:.3f}"
-
-
-def _recipe_text(name: str) -> str:
-    """The shipped recipe without its comments, which do not decide the result."""
-    text = (HERE.parent / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
-
-
-def _store(source: Path, work: Path) -> Store:
-    """The store. Its site key is public, as the images are, so that everyone gets the same split."""
-    key = work / "site.key"
-    key.write_text(hashlib.sha256(b"sslmed benchmark").hexdigest() + "\n", encoding="ascii")
-    if not (work / "store").exists():
-        labels = source / "labels.csv"
-        sslmed.ingest(
-            source, work / "store", modality="xray", labels=labels, label_columns=("label", "subtype"), key=key
-        )
-    return Store(work / "store")
+    return xrays.grid(["arm", "CPU seconds", "threads", "precision", "device", "commit"], rows)
 
 
 def _arguments() -> argparse.Namespace:
