@@ -105,9 +105,7 @@ class BYOL(Method):
             return self.config.momentum
         return rescaled_momentum(self.config.momentum, batch_size, REFERENCE_BATCH)
 
-    def _each(
-        self, network: nn.Module, first: torch.Tensor, second: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _each(self, network: nn.Module, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.config.pool_batchnorm:
             return network(first), network(second)
         both = network(torch.cat([first, second]))
