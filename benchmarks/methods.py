@@ -51,7 +51,7 @@ class Arm:
 ARMS = {
     "simclr": Arm("xray/simclr_resnet18", 300),
     "byol": Arm("xray/byol_resnet18", 240),
-    "mae": Arm("xray/mae_vit_tiny", 300),
+    "mae": Arm("xray/mae_vit_tiny", 600),
     "rotation": Arm("xray/rotation_resnet18", 180),
     "continued": Arm("xray/simclr_resnet18", 350, from_imagenet=True),
 }
