@@ -22,7 +22,7 @@ from sslmed.data import splits
 from sslmed.data.catalogue import Catalogue, Entry, Skipped, base_folder, catalogue, given_splits, patient_pattern
 from sslmed.data.identity import SiteKey, load_or_make_key
 from sslmed.data.labels import encode_labels, encode_meta, read_labels
-from sslmed.data.modality import accept, named
+from sslmed.data.modality import accept_scan, named
 from sslmed.data.readers import read
 from sslmed.data.store_format import LabelColumn, MetaColumn
 from sslmed.data.store_writer import SHARD_BYTES, StoreWriter, disk_errors, refuse_existing
@@ -196,7 +196,7 @@ class _Load:
     def __call__(self, path: Path) -> _Image | str:
         policy = named(self.modality)
         try:
-            pixels = accept(policy, read(path).pixels)
+            pixels = accept_scan(policy, read(path))
         except DataError as error:
             return str(error).removeprefix(f"{path}: ")
         # Both of the image as it came: stores of other sizes know it again, and predict finds the same range.

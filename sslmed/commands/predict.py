@@ -105,7 +105,7 @@ def _run(
     for number, path in enumerate(progress(files, len(files), "predict"), start=1):
         name = path.relative_to(root).as_posix()
         try:
-            pixels = modality.accept(policy, readers.read(path).pixels)
+            pixels = modality.accept_scan(policy, readers.read(path))
             if pixels.ndim == 3 and card.backbone.in_chans < 3:
                 raise DataError(f"is in colour, but the model was trained on {card.backbone.in_chans}-channel images")
             low, high = policy.intensity_range(pixels)

@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from sslmed.config import DataError, UsageError
+from sslmed.data.scan import Scan
 from sslmed.data.views import ViewConfig
 
 Pixels = np.ndarray[Any, np.dtype[Any]]
@@ -34,6 +35,7 @@ class Modality:
         intensity_range: pixels as stored -> (low, high) in stored units, low < high; taken once an image, at ingest.
         normalise: (pixels, low, high) -> float32 of the same shape, standardised. Takes a crop too: low and high are
             those of the whole image, so every view of it is scaled alike.
+        taken: DICOM's words for how such images are taken; an image that says another one is refused.
         upright: images have an up and a down.
         annotated: side markers or burned-in text are usual.
     """
@@ -44,6 +46,7 @@ class Modality:
     legal: frozenset[str]
     intensity_range: Callable[[Pixels], tuple[float, float]]
     normalise: Callable[[Pixels, float, float], Pixels]
+    taken: frozenset[str] = frozenset()
     upright: bool = True
     annotated: bool = False
 
@@ -98,6 +101,7 @@ _XRAY = Modality(
     legal=_GEOMETRY | _INTENSITY,
     intensity_range=percentile_range,
     normalise=normalise_xray,
+    taken=frozenset({"CR", "DX", "MG", "XA", "RF", "RG", "IO", "PX", "OT"}),
     annotated=True,
 )
 _PHOTO = Modality(
@@ -109,6 +113,7 @@ _PHOTO = Modality(
     legal=_GEOMETRY | _INTENSITY | {"vflip", "rot90", "colour", "grey", "solarize"},
     intensity_range=dtype_range,
     normalise=normalise_photo,
+    taken=frozenset({"XC", "ES", "GM", "SM", "OP", "DMS", "OT"}),
 )
 MODALITIES: dict[str, Modality] = {modality.name: modality for modality in (_XRAY, _PHOTO)}
 
@@ -124,6 +129,26 @@ def named(name: str) -> Modality:
             f"'{name}' is not a known modality{_guess(name, MODALITIES)}; allowed: {', '.join(MODALITIES)}"
         )
     return MODALITIES[name]
+
+
+def accept_scan(modality: Modality, scan: Scan) -> Pixels:
+    """The pixels of a scan as the store keeps them; see `accept`.
+
+    Raises:
+        DataError: a volume, a clip, an image that was taken in another way, true colour in a grey modality.
+    """
+    sort = f" ({scan.modality})" if scan.modality else ""
+    if scan.kind != "image":
+        shape = " x ".join(str(side) for side in scan.pixels.shape[:3])
+        raise DataError(
+            f"is a {scan.kind} of {shape} pixels{sort}, not one image: not read by modality {modality.name}"
+        )
+    if scan.modality in ("CT", "MR", "PT"):
+        raise DataError(f"is a slice of a series{sort}, not a whole image: not read by modality {modality.name}")
+    if scan.modality and scan.modality not in modality.taken:
+        allowed = ", ".join(sorted(modality.taken))
+        raise DataError(f"was taken as {scan.modality}: not read by modality {modality.name}, which takes {allowed}")
+    return accept(modality, scan.pixels)
 
 
 def accept(modality: Modality, pixels: Pixels) -> Pixels:

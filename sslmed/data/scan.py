@@ -1,26 +1,54 @@
-"""One image as a reader hands it over, before any modality has a say in it."""
+"""What a reader hands over, before any modality has a say in it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """An image and where it comes from. Immutable: the pixels are made read-only.
+    """An image, volume or clip and where it comes from. Immutable: the pixels are made read-only.
+
+    Whatever a file says of how its stored values are meant has been applied: rescaling, lookup tables, the window of a
+    radiograph, inversion where white is zero, orientation tags, colour spaces.
 
     Attributes:
-        pixels: (H, W) grey or (H, W, 3) in RGB order; uint8 or uint16, stored values as the file has them.
-        spacing: distance between pixel centres in mm, down then across; None where the format does not say it in a way
-            that can be trusted (the print resolution of a PNG, JPEG or TIFF is no geometry).
-        source: the file it was read from.
+        pixels: an image (H, W) or (H, W, 3), a volume (D, H, W), a clip (D, H, W) or (D, H, W, 3), D in time;
+            colours in RGB order. uint8, uint16, int16 or float32, finite.
+        spacing: distances between pixel centres in mm: (down, across), or (slice to slice, down, across) of a volume;
+            None where the format does not say it in a way that can be trusted (the print resolution of a PNG, JPEG or
+            TIFF is no geometry). Of a projection radiograph it is measured at the detector, not in the patient.
+        source: the file it was read from; the first of several.
+        kind: what the axes are.
+        affine: (4, 4) float64 that takes the indices (d, h, w, 1) of a voxel's centre to (x, y, z, 1) in mm, x
+            growing to the patient's right, y to the front, z to the head (RAS+). Of one slice d is 0. None where the
+            file does not place it in the patient.
+        unit: what a value means: Hounsfield units, or nothing that holds beyond this file.
+        modality: the file's own word for how it was taken, such as CT, MR, CR, DX, MG or US.
+        patient: the patient's identifier as the file has it, "" where it has none: to be hashed, never stored or
+            shown.
+        study: likewise, the study's unique identifier.
+        series: likewise, the series' unique identifier.
+        position: of one slice, mm along its normal; None of anything else.
+        identity: names, never values, of the attributes in the file that tell who the patient is.
     """
 
     pixels: np.ndarray[Any, np.dtype[Any]]
     spacing: tuple[float, ...] | None
     source: Path
+    kind: Literal["image", "volume", "clip"] = "image"
+    affine: np.ndarray[Any, np.dtype[np.float64]] | None = None
+    unit: Literal["", "HU"] = ""
+    modality: str | None = None
+    patient: str = field(default="", repr=False)
+    study: str = field(default="", repr=False)
+    series: str = field(default="", repr=False)
+    position: float | None = None
+    identity: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.pixels.setflags(write=False)
+        if self.affine is not None:
+            self.affine.setflags(write=False)

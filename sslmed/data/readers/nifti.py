@@ -1,0 +1,153 @@
+"""NIfTI-1 and NIfTI-2 files, plain or gzipped, to volumes.
+
+nibabel reads the header; the bytes are unpacked here under a limit, so that a file that inflates without end is
+refused.
+"""
+
+import gzip
+import logging
+import warnings
+import zlib
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sslmed.data.readers.refusal import BYTE_LIMIT, DEFLATE_RATIO, Pixels, RefusedError, check_size
+from sslmed.data.scan import Scan
+
+GZIP_MAGIC = b"\x1f\x8b"
+_MAGIC = {344: (b"n+1\0",), 4: (b"n+2\0\r\n\x1a\n",)}  # offset in the header -> magic of a single file
+_PAIR = {344: (b"ni1\0",), 4: (b"ni2\0\r\n\x1a\n",)}
+_HEADER = 540  # of NIfTI-2, the longer one
+_KINDS = ("u1", "i1", "u2", "i2", "u4", "i4", "f4", "f8")
+
+
+def is_nifti(content: bytes) -> bool:
+    """The magic of a NIfTI file, perhaps inside gzip."""
+    head = _head(content)
+    return any(
+        head[place : place + len(word)] == word
+        for magic in (_MAGIC, _PAIR)
+        for place, words in magic.items()
+        for word in words
+    )
+
+
+def _head(content: bytes) -> bytes:
+    if not content.startswith(GZIP_MAGIC):
+        return content[:_HEADER]
+    try:
+        return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(content[: 2**16], _HEADER)
+    except zlib.error:
+        return b""
+
+
+def nifti(content: bytes, path: Path) -> Scan:
+    """A volume (D, H, W) in canonical orientation: W grows to the patient's right, H to the front, D to the head.
+
+    Values are scaled by slope and intercept: int16 or uint16 where the file holds such (or bytes) unscaled, else
+    float32. Of a file of four dimensions only one volume is read; several are refused, since which of them is meant
+    (time, direction, echo) is not the reader's to choose.
+
+    Raises:
+        RefusedError: no geometry (neither sform nor qform), other dimensions, colours, complex numbers, NaN, infinity,
+            a header without its image beside it, claims beyond the file or the limits.
+    """
+    import nibabel
+
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)  # what it would log ends in the refusal
+    head = _head(content)
+    if any(head[place : place + len(word)] == word for place, words in _PAIR.items() for word in words):
+        raise RefusedError("is a NIfTI header whose image lies in another file; save both as one .nii")
+    two = head[4:12] in _MAGIC[4]
+    kind: Any = nibabel.Nifti2Image if two else nibabel.Nifti1Image
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        header = kind.header_class.from_fileobj(BytesIO(head), check=False)
+        shape, dtype, offset = _claims(header)
+        size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+        whole = _unpacked(content, offset + size)
+        if len(whole) < offset + size:
+            raise RefusedError(f"is truncated: {offset + size} bytes are claimed, {len(whole)} are there")
+        volume = np.frombuffer(whole, dtype, size // dtype.itemsize, offset).reshape(shape, order="F")
+        values = _scaled(volume, *header.get_slope_inter())
+        return _canonical(values, _affine(header), path)
+
+
+def _claims(header: Any) -> tuple[tuple[int, int, int], np.dtype[Any], int]:
+    shape = tuple(int(side) for side in header.get_data_shape())
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) > 3:
+        raise RefusedError(f"has {len(shape)} dimensions ({' x '.join(map(str, shape))}); save each volume by itself")
+    if len(shape) < 3:
+        raise RefusedError(f"has {len(shape)} dimensions; allowed: 3")
+    check_size(*shape)
+    dtype = header.get_data_dtype()
+    if dtype.newbyteorder("=").str[1:] not in _KINDS:
+        raise RefusedError(f"holds {dtype}; allowed: integers of 8, 16 or 32 bits and floats of 32 or 64")
+    offset = float(header["vox_offset"])
+    if not 0 < offset < 2**24:
+        raise RefusedError(f"puts its values at byte {offset:g}")
+    return (shape[0], shape[1], shape[2]), dtype, int(offset)
+
+
+def _unpacked(content: bytes, size: int) -> bytes:
+    if not content.startswith(GZIP_MAGIC):
+        return content
+    if size > BYTE_LIMIT or size > DEFLATE_RATIO * len(content):
+        raise RefusedError(f"claims {size} bytes, more than its {len(content)} can hold")
+    with gzip.open(BytesIO(content)) as file:
+        whole = file.read(size)
+        while file.read(2**20):  # to the end: gzip's checksum stands there
+            if file.tell() > 2 * size + 2**20:
+                raise RefusedError(f"inflates to more than twice the {size} bytes that it claims")
+        return whole
+
+
+def _scaled(volume: Pixels, slope: float | None, intercept: float | None) -> Pixels:
+    if slope is None or intercept is None or (slope == 1 and intercept == 0):
+        if volume.dtype.kind in "ui" and volume.dtype.itemsize <= 2:
+            small = volume.dtype.newbyteorder("=")
+            return volume.astype(np.int16 if small == np.int8 else small)
+        slope, intercept = 1.0, 0.0
+    if not np.isfinite([slope, intercept]).all():
+        raise RefusedError(f"has a slope of {slope} and an intercept of {intercept}")
+    values = volume.astype(np.float64) * slope + intercept
+    bad = ~np.isfinite(values)
+    if bad.any():
+        raise RefusedError(f"has {int(bad.sum())} values that are NaN or infinite")
+    if np.abs(values).max() > np.finfo(np.float32).max:
+        raise RefusedError("has values beyond the range of 32-bit floats")
+    return values.astype(np.float32)
+
+
+def _affine(header: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+    if int(header["sform_code"]) > 0:
+        matrix = header.get_sform()
+    elif int(header["qform_code"]) > 0:
+        matrix = header.get_qform()
+    else:
+        raise RefusedError("does not say how its axes lie in the patient: both qform and sform codes are 0")
+    matrix = np.array(matrix, np.float64)
+    sides = np.linalg.norm(matrix[:3, :3], axis=0)
+    if not np.isfinite(matrix).all() or sides.min() <= 0 or abs(np.linalg.det(matrix[:3, :3] / sides)) < 0.01:
+        raise RefusedError("has an affine that is no geometry: axes of no length, or in one plane")
+    unit = header.get_xyzt_units()[0]
+    matrix[:3] *= {"meter": 1e3, "micron": 1e-3}.get(unit, 1.0)
+    return matrix
+
+
+def _canonical(values: Pixels, matrix: np.ndarray[Any, np.dtype[np.float64]], path: Path) -> Scan:
+    """Axes (i, j, k) of the file to (d, h, w) = (to the head, to the front, to the right), as near as they are."""
+    from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+
+    turn = io_orientation(matrix)
+    right_front_head = apply_orientation(values, turn)
+    matrix = matrix @ inv_ornt_aff(turn, values.shape)
+    volume = np.ascontiguousarray(right_front_head.transpose(2, 1, 0))
+    matrix = matrix[:, [2, 1, 0, 3]]
+    spacing = tuple(float(side) for side in np.linalg.norm(matrix[:3, :3], axis=0))
+    return Scan(volume, spacing, path, kind="volume", affine=matrix)

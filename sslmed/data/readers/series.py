@@ -1,0 +1,110 @@
+"""The DICOM files of one series to one volume."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sslmed.data.readers import dicom, planes
+from sslmed.data.readers.dicom_pixels import check, stored_values
+from sslmed.data.readers.refusal import BYTE_LIMIT, RefusedError, one_error
+from sslmed.data.scan import Scan
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+
+def group(paths: Sequence[Path]) -> list[list[Path]]:
+    """The files of each series together, in the order in which the series first appear; only headers are read.
+
+    A file without SeriesInstanceUID is a series of its own.
+
+    Raises:
+        DataError: a file that is no DICOM image.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        with one_error(path), dicom.quiet():
+            key = str(_header(path).get("SeriesInstanceUID") or "") or f"file {path}"
+        found.setdefault(key, []).append(path)
+    return list(found.values())
+
+
+def read_series(paths: Sequence[Path], resample_tilt: bool = False) -> Scan:
+    """Read the slices of one series as a volume (D, H, W), sorted by position along their normal.
+
+    Geometry is checked on all headers before any pixel is decoded; see `planes.stack` for the tolerances. With one
+    path, that file is read by itself: a volume or clip of several frames, or an image.
+
+    Args:
+        paths: files of one series, in any order.
+        resample_tilt: shear the slices of a tilted gantry back by linear interpolation (in float32) instead of refusing
+            them; the grid grows so that nothing is cut off, and what no slice covers is -1024 HU or the least value.
+
+    Raises:
+        DataError: mixed series, sizes, orientations or spacings, a localizer, no geometry, slices at one position,
+            uneven gaps, a tilt; or a file that cannot be read.
+        MissingDependencyError: a decoder is not installed.
+    """
+    if not paths:
+        raise ValueError("a series needs at least one file")
+    if len(paths) == 1:
+        with one_error(paths[0]), dicom.quiet():
+            return dicom.scan_of(dicom.parse(_content(paths[0])), paths[0])
+    first: Dataset | None = None
+    slices = []
+    for path in paths:
+        with one_error(path), dicom.quiet():
+            header = _header(path)
+            slices.append(_slice(header))
+            first = header if first is None else first
+            _check_alike(header, first)
+    assert first is not None  # noqa: S101  # for the type checker
+    with one_error(paths[0]):
+        if len(paths) * int(first.Rows) * int(first.Columns) * 4 > BYTE_LIMIT:
+            raise RefusedError(f"and its series claim {len(paths)} x {first.Rows} x {first.Columns} pixels: too many")
+        found = planes.stack(slices, resample_tilt)
+    pixels = []
+    for path in paths:
+        with one_error(path), dicom.quiet():
+            dataset = dicom.parse(_content(path))
+            pixels.append(dicom.meaning(stored_values(dataset, check(dataset))[0], dataset, 0))
+    with one_error(paths[0]):
+        return dicom.stacked(np.stack(pixels), first, paths[found.order[0]], slices, resample_tilt)
+
+
+def _content(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size > BYTE_LIMIT:
+        raise RefusedError(f"has {size} bytes; allowed: at most {BYTE_LIMIT}")
+    content = path.read_bytes()
+    if not dicom.is_dicom(content):
+        raise RefusedError("is no DICOM file")
+    return content
+
+
+def _header(path: Path) -> "Dataset":
+    return dicom.parse(_content(path), headers_only=True)
+
+
+def _slice(header: "Dataset") -> planes.Plane:
+    if check(header) != 1:
+        raise RefusedError("has several frames among the single slices of a series")
+    if "LOCALIZER" in [str(word).upper() for word in header.get("ImageType") or []]:
+        raise RefusedError("is a localizer, not a slice of a volume")
+    if header.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
+        raise RefusedError(f"is in colour ({header.PhotometricInterpretation}), not a slice of a volume")
+    place = dicom.plane_of(header)
+    if place is None:
+        raise RefusedError(
+            "does not say where its slice lies: "
+            "ImagePositionPatient, ImageOrientationPatient or PixelSpacing is missing"
+        )
+    return place
+
+
+def _check_alike(header: "Dataset", first: "Dataset") -> None:
+    for name in ("SeriesInstanceUID", "Modality", "Rows", "Columns", "RescaleType"):
+        if header.get(name) != first.get(name):
+            raise RefusedError(f"has {name} {header.get(name)}, another slice of the same volume {first.get(name)}")
