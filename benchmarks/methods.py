@@ -20,7 +20,7 @@ import xrays
 from cells import Cells
 
 import sslmed
-from sslmed.config import SslmedError
+from sslmed.config import TrainingAborted
 from sslmed.data.loading import network_input
 from sslmed.data.modality import named
 from sslmed.durable import sha256
@@ -112,7 +112,7 @@ class Benchmark:
             overrides += [f"backbone.name={IMAGENET.name}", f"backbone.init={self.imagenet}"]
         try:
             result = sslmed.pretrain(arm.recipe, self.store.path, out, overrides=overrides)
-        except SslmedError as error:
+        except TrainingAborted as error:
             return {"failed": str(error)}
         return {"steps": result.steps, "metrics": {key: round(each, 4) for key, each in result.metrics.items()}}
 

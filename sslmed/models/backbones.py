@@ -153,9 +153,9 @@ class TokenEncoder:
 def _not_openable(network: Any) -> str | None:
     if not isinstance(network, VisionTransformer | Eva):
         return f"is none ({type(network).__name__}); allowed: timm's classes VisionTransformer and Eva"
-    stem = network.patch_embed
-    if not isinstance(stem, PatchEmbed) or stem.proj.kernel_size != stem.proj.stride:
-        return f"mixes patches before its blocks ({type(stem).__name__}), so that what is hidden would leak"
+    if not isinstance(network.patch_embed, PatchEmbed):
+        stem = type(network.patch_embed).__name__
+        return f"mixes patches before its blocks ({stem}), so that what is hidden would leak"
     if getattr(network, "attn_pool", None) is not None:
         return "pools by attention, which would stay untrained; set backbone.pool=avg"
     return None
