@@ -156,13 +156,13 @@ def _without_batchnorm(module: torch.nn.Module) -> None:
             _without_batchnorm(child)
 
 
-def pretrain_in_process(store: str, out: str, settings: tuple[str, ...], resume: bool) -> None:
+def pretrain_in_process(store: str, out: str, settings: tuple[str, ...], resume: bool, recipe: str) -> None:
     """Pretrain and end this process with the command's exit code, as the command line does."""
     from sslmed.commands.pretrain import pretrain
     from sslmed.config import SslmedError
 
     torch.set_num_threads(1)
     try:
-        pretrain("xray/simclr_resnet18", store, out, overrides=settings, resume=resume)
+        pretrain(recipe, store, out, overrides=settings, resume=resume)
     except SslmedError as error:
         raise SystemExit(error.exit_code) from None

@@ -92,7 +92,7 @@ def test_lars_takes_a_plain_step_where_a_norm_is_zero(zero: str) -> None:
     weight.grad = torch.ones(1, 2) if zero == "weight" else torch.zeros(1, 2)
     optimizer = build_optimizer(OptimConfig(name="lars", lr=0.5), [{"params": [weight], "weight_decay": 0.0}], 256)
     optimizer.step()
-    assert weight.tolist() == [[-0.5, -0.5]] if zero == "weight" else [[1.0, 1.0]]
+    assert weight.tolist() == ([[-0.5, -0.5]] if zero == "weight" else [[1.0, 1.0]])
 
 
 def test_lars_resumes_from_its_state() -> None:

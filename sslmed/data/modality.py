@@ -36,8 +36,8 @@ class Modality:
         normalise: (pixels, low, high) -> float32 of the same shape, standardised. Takes a crop too: low and high are
             those of the whole image, so every view of it is scaled alike.
         taken: DICOM's words for how such images are taken; an image that says another one is refused.
-        upright: images have an up and a down.
-        annotated: side markers or burned-in text are usual.
+        upright: whether images have an up and a down; None where that depends.
+        annotated: whether side markers or burned-in text are usual; None where that depends.
     """
 
     name: str
@@ -47,8 +47,8 @@ class Modality:
     intensity_range: Callable[[Pixels], tuple[float, float]]
     normalise: Callable[[Pixels, float, float], Pixels]
     taken: frozenset[str] = frozenset()
-    upright: bool = True
-    annotated: bool = False
+    upright: bool | None = True
+    annotated: bool | None = False
 
 
 def percentile_range(pixels: Pixels) -> tuple[float, float]:
@@ -113,6 +113,8 @@ _PHOTO = Modality(
     legal=_GEOMETRY | _INTENSITY | {"vflip", "rot90", "colour", "grey", "solarize"},
     intensity_range=dtype_range,
     normalise=normalise_photo,
+    upright=None,
+    annotated=None,
     taken=frozenset({"XC", "ES", "GM", "SM", "OP", "DMS", "OT"}),
 )
 MODALITIES: dict[str, Modality] = {modality.name: modality for modality in (_XRAY, _PHOTO)}
@@ -196,6 +198,12 @@ def with_views(modality: Modality, overrides: dict[str, object]) -> Modality:
             f"remove the key. Allowed for {modality.name}: {', '.join(sorted(modality.legal))}"
         )
     return replace(modality, view=view)
+
+
+def changed_knobs(modality: Modality) -> set[str]:
+    """The knobs of the view that are not as this modality has them by itself."""
+    usual = MODALITIES[modality.name].view if modality.name in MODALITIES else modality.view
+    return {knob for knob in ViewConfig.model_fields if getattr(modality.view, knob) != getattr(usual, knob)}
 
 
 def set_knobs(view: ViewConfig) -> set[str]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from sslmed import config
 from sslmed.data.loading import Batch
-from sslmed.data.modality import Modality
+from sslmed.data.modality import Modality, changed_knobs
 from sslmed.data.views import ViewConfig
 from sslmed.methods.method import Method, Overfit, Progress
 from sslmed.models.backbones import Backbone
@@ -68,14 +68,19 @@ class BYOL(Method):
         )
 
     def notes(self, modality: Modality, batch_size: int) -> list[str]:
-        """What the momentum becomes at this batch size."""
+        """What the momentum becomes at this batch size, and which settings of views do nothing."""
+        found = []
         momentum = self.base_momentum(batch_size)
-        if momentum == self.config.momentum:
-            return []
-        return [
-            f"method.momentum {self.config.momentum:g} is quoted for batch {REFERENCE_BATCH}; at batch {batch_size} it "
-            f"starts from {momentum:.6g} (method.momentum_rule=constant keeps it)"
-        ]
+        if momentum != self.config.momentum:
+            found.append(
+                f"method.momentum {self.config.momentum:g} is quoted for batch {REFERENCE_BATCH}; at batch "
+                f"{batch_size} it starts from {momentum:.6g} (method.momentum_rule=constant keeps it)"
+            )
+        idle = changed_knobs(modality) & {"blur", "solarize"}
+        if idle and self.views(modality)[0] != modality.view:
+            names = ", ".join(f"views.{knob}" for knob in sorted(idle))
+            found.append(f"the paper's asymmetric views replace {names}; method.asymmetric=false keeps yours")
+        return found
 
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The regression of each view's target projection from the other view's online prediction, both summed."""
@@ -132,7 +137,8 @@ def regression_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Ten
 @torch.no_grad()
 def twin_accuracy(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The share of rows whose nearest target, by cosine, is the one of the same image: 1 / N when collapsed."""
-    cosine = F.normalize(prediction.float(), dim=1) @ F.normalize(target.float(), dim=1).T
+    with torch.autocast(prediction.device.type, enabled=False):  # bf16 cannot tell cosines near 1 apart
+        cosine = F.normalize(prediction.float(), dim=1) @ F.normalize(target.float(), dim=1).T
     others = cosine - torch.diag_embed(torch.full_like(cosine[0], torch.inf))
     return (cosine.diagonal() > others.amax(dim=1)).float().mean()
 

@@ -1,5 +1,6 @@
 """MAE: masked autoencoders are scalable vision learners (He et al., arXiv 2111.06377)."""
 
+import math
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -10,7 +11,7 @@ from torch import nn
 from sslmed import config
 from sslmed.config import UsageError
 from sslmed.data.loading import Batch
-from sslmed.data.modality import MODALITIES, Modality
+from sslmed.data.modality import Modality, changed_knobs
 from sslmed.data.views import ViewConfig
 from sslmed.methods.method import Method, Overfit
 from sslmed.models.backbones import Backbone, BackboneConfig, TokenEncoder
@@ -79,8 +80,11 @@ class MAE(Method):
                 f"'method.mask_ratio' is {config.mask_ratio}, which leaves none of {rows} x {columns} patches; "
                 "lower it, lower backbone.patch or raise data.size"
             )
+        positions = sine_cosine_positions(self.encoder.width, self.encoder.grid)
         if not backbone.pretrained:
             initialise(self.encoder)
+        if not backbone.pretrained or self.encoder.has_positions(positions):  # an earlier MAE's stay fixed
+            self.encoder.fix_positions(positions)
         values = self.encoder.patch[0] * self.encoder.patch[1] * self.channels
         self.decoder = MAEDecoder(
             self.encoder.width,
@@ -98,12 +102,7 @@ class MAE(Method):
 
     def notes(self, modality: Modality, batch_size: int) -> list[str]:
         """Names the settings of views that do nothing here."""
-        usual = MODALITIES[modality.name].view
-        idle = [
-            f"views.{knob}"
-            for knob in ViewConfig.model_fields
-            if knob not in GEOMETRY and getattr(modality.view, knob) != getattr(usual, knob)
-        ]
+        idle = [f"views.{knob}" for knob in sorted(changed_knobs(modality) - set(GEOMETRY))]
         return [f"mae predicts true intensities: {', '.join(idle)} has no effect"] if idle else []
 
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -179,13 +178,13 @@ def initialise(encoder: TokenEncoder) -> None:
     network = encoder.network
     xavier(network)
     projection = network.patch_embed.proj
-    nn.init.xavier_uniform_(projection.weight.detach().flatten(1))
+    bound = math.sqrt(6 / sum(projection.weight.flatten(1).shape))  # xavier's; flat views of channels_last are copies
+    nn.init.uniform_(projection.weight, -bound, bound)
     if projection.bias is not None:
         nn.init.zeros_(projection.bias)
     for token in (network.cls_token, network.reg_token):
         if token is not None:
             nn.init.normal_(token, std=0.02)
-    encoder.fix_positions(sine_cosine_positions(encoder.width, encoder.grid))
 
 
 def _statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

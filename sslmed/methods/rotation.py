@@ -9,7 +9,7 @@ from torch import nn
 from sslmed import config
 from sslmed.config import UsageError
 from sslmed.data.loading import Batch
-from sslmed.data.modality import Modality
+from sslmed.data.modality import Modality, changed_knobs
 from sslmed.data.views import ViewConfig
 from sslmed.keyed_rng import rng
 from sslmed.methods.method import Method, Overfit
@@ -51,16 +51,26 @@ class Rotation(Method):
 
     def notes(self, modality: Modality, batch_size: int) -> list[str]:
         """Where the task cannot be solved, or can be solved without looking at the anatomy."""
+        name = modality.name
         found = []
-        if not modality.upright:
+        if modality.upright is False:
             found.append(
-                f"warning: {modality.name} images have no up and down, so that their rotation cannot be told; "
-                "use another method"
+                f"warning: {name} images have no up and down, so that their rotation cannot be told; use another method"
             )
+        elif modality.upright is None:
+            found.append(f"note: where {name} images have no up and down (tissue, smears) no rotation can be told")
         if modality.annotated and not self.config.circle:
             found.append(
-                f"warning: {modality.name} images may carry side markers or burned-in text, which give the rotation "
-                "away; method.circle=true blanks the corners"
+                f"warning: {name} images may carry side markers or burned-in text, which give the rotation away; "
+                "method.circle=true blanks the corners"
+            )
+        elif modality.annotated is None and not self.config.circle:
+            found.append(f"note: where {name} images carry text or markers, method.circle=true blanks the corners")
+        (own,) = self.views(modality)
+        idle = [knob for knob in sorted(changed_knobs(modality)) if getattr(own, knob) != getattr(modality.view, knob)]
+        if idle:
+            found.append(
+                f"rotation limits {', '.join(f'views.{knob}' for knob in idle)}: it would contradict the label"
             )
         return found
 

@@ -137,6 +137,15 @@ class TokenEncoder:
         normalised: torch.Tensor = self.network.fc_norm(self.network.norm(tokens))
         return normalised
 
+    def has_positions(self, positions: torch.Tensor) -> bool:
+        """Whether the patches have these positions (L, width), and the prefix zeros."""
+        table = self.network.pos_embed
+        if table is None:
+            return False
+        expected = torch.zeros_like(table)
+        expected[0, -len(positions) :] = positions
+        return torch.allclose(table, expected, atol=1e-6)
+
     def fix_positions(self, positions: torch.Tensor) -> None:
         """Give the patches these positions (L, width), the prefix zeros, and stop training them.
 

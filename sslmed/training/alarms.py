@@ -58,7 +58,8 @@ class Alarms:
         # a single outlier is no explosion: it must last for two more looks
         self.explosion = {name: Alarm("explosion", actions["explosion"], 2 * log_every, say) for name in _NORMS}
         self._norms: dict[str, deque[float]] = {name: deque(maxlen=NORMS) for name in _NORMS}
-        self._average: torch.Tensor | None = None
+        self._average: torch.Tensor | None = None  # norm of each tensor at the last look
+        self._patience = patience
 
     def look_at_embeddings(self, step: int, std: float, width: int) -> None:
         """Have all images come to look alike?"""
@@ -74,13 +75,13 @@ class Alarms:
         )
 
     def look_at_norm(self, step: int, name: str, norm: float) -> None:
-        """Is the norm far above what it has been? ``name`` is gradient_norm or embedding_norm."""
+        """Is the norm far above what it has been, or no number? ``name`` is gradient_norm or embedding_norm."""
         earlier = self._norms[name]
         usual = statistics.median(earlier) if len(earlier) >= FEWEST_NORMS else math.inf
         what, remedy = _NORMS[name]
         self.explosion[name].look(
             step,
-            norm > EXPLODED * usual,
+            not norm <= EXPLODED * usual or math.isinf(norm),
             lambda since: (
                 f"the norm of the {what} has exploded: {norm:.3g} since step {since}, where {usual:.3g} was usual. "
                 f"{remedy}"
@@ -92,8 +93,11 @@ class Alarms:
     def look_at_average(self, step: int, total: int, average: nn.Module) -> None:
         """Does the momentum network still follow? Looked at in the first half: the cosine ends at a standstill."""
         now = torch.stack(torch._foreach_norm([p.detach() for p in average.parameters()])).double().cpu()
-        standing = self._average is not None and torch.equal(now, self._average) and step <= total / 2
-        self._average = now
+        earlier, self._average = self._average, now
+        if earlier is None:
+            return
+        standing = torch.equal(now, earlier) and step <= total / 2
+        self.frozen.patience = min(self._patience, total // 4)  # or a short training would end before it rings
         self.frozen.look(
             step,
             standing,
@@ -109,6 +113,7 @@ class Alarms:
         return {
             "since": {name: alarm.since for name, alarm in self._all().items()},
             "norms": {name: list(norms) for name, norms in self._norms.items()},
+            "average": None if self._average is None else self._average.tolist(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -116,6 +121,8 @@ class Alarms:
             alarm.since = state["since"][name]
         for name, norms in state["norms"].items():
             self._norms[name].extend(norms)
+        if state["average"] is not None:
+            self._average = torch.tensor(state["average"], dtype=torch.float64)
 
     def _all(self) -> dict[str, Alarm]:
         return {"collapse": self.collapse, "frozen": self.frozen, **self.explosion}

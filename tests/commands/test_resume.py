@@ -1,5 +1,6 @@
 """A pretraining that is killed and resumed ends with the weights of one that was not, to the last bit."""
 
+import json
 import os
 import random
 import signal
@@ -15,7 +16,9 @@ from sslmed.commands.pretrain import pretrain
 from sslmed.config import UsageError
 from sslmed.data.store import Store
 from sslmed.durable import sha256
+from sslmed.methods import METHODS
 from sslmed.run import read, read_metrics
+from sslmed.training.checkpoint import load
 
 SETTINGS = (
     "backbone.name=test_resnet",
@@ -28,11 +31,14 @@ SETTINGS = (
     "monitor.knn_every=0",
     "monitor.log_every=1",
 )
+ONE_TURN = {"rotation": {"all_four": False}}  # the variant that draws
 
 
-def start(store: Path, out: Path, settings: tuple[str, ...], resume: bool) -> BaseProcess:
+def start(
+    store: Path, out: Path, settings: tuple[str, ...], resume: bool, recipe: Path | str = "xray/simclr_resnet18"
+) -> BaseProcess:
     process: BaseProcess = ranks.context().Process(
-        target=ranks.pretrain_in_process, args=(str(store), str(out), settings, resume)
+        target=ranks.pretrain_in_process, args=(str(store), str(out), settings, resume, str(recipe))
     )
     process.start()
     return process
@@ -90,6 +96,33 @@ def test_accumulated_batches_resume_too(phantom_store: Store, tmp_path: Path) ->
         assert process.exitcode == 0
         digests.append(sha256(out / "artifact" / "model.safetensors"))
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_resumes_to_the_last_bit(name: str, phantom_store: Store, tmp_path: Path) -> None:
+    """Its weights, and what leaves in no artifact: momentum networks, heads, decoders."""
+    kind = METHODS[name]
+    sections = {
+        "backbone": kind.example.model_dump(mode="json"),
+        "method": {"name": name, **kind.example_settings, **ONE_TURN.get(name, {})},
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(sections))
+    settings = ("data.size=32", "data.workers=0", "train.max_steps=9", "train.batch_size=16", *SETTINGS[-3:])
+    for out, kill in ((tmp_path / "whole", False), (tmp_path / "killed", True)):
+        process = start(phantom_store.path, out, settings, resume=False, recipe=recipe)
+        if kill:
+            wait_for_step(out, 4, process)
+            os.kill(process.pid or 0, signal.SIGKILL)
+            process.join(30)
+            process = start(phantom_store.path, out, settings, resume=True, recipe=recipe)
+        process.join(120)
+        assert process.exitcode == 0
+    whole, killed = (load(tmp_path / each / "checkpoints" / "last.ckpt")["state_dict"] for each in ("whole", "killed"))
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    first, second = (tmp_path / each / "artifact" / "model.safetensors" for each in ("whole", "killed"))
+    assert sha256(first) == sha256(second)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

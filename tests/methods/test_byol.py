@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from sslmed.data.loading import Batch
-from sslmed.data.modality import MODALITIES
+from sslmed.data.modality import MODALITIES, with_views
 from sslmed.methods.byol import BYOL, BYOLConfig, mlp, twin_accuracy
 from sslmed.methods.method import Progress
 from sslmed.models.backbones import BackboneConfig, build
@@ -71,6 +71,10 @@ def test_the_momentum_is_rescaled_with_the_batch_and_said() -> None:
     (note,) = method.notes(xray, 64)
     assert "0.99 is quoted for batch 256; at batch 64 it starts from 0.997491" in note
     assert not method.notes(xray, 256)
+    photo = with_views(MODALITIES["photo"], {"blur": 0.0})
+    assert "replace views.blur; method.asymmetric=false" in method.notes(photo, 256)[0]
+    assert not small(asymmetric=False).notes(photo, 256)
+    assert not method.notes(MODALITIES["photo"], 256)
     assert not small(momentum_rule="constant").notes(xray, 64)
 
 
@@ -112,3 +116,9 @@ def test_twin_accuracy_counts_nearest_twins_and_a_collapse_has_none() -> None:
     assert twin_accuracy(points, points) == 1
     assert twin_accuracy(points, points[[1, 0, 2, 3]]) == 0.5
     assert twin_accuracy(torch.ones(4, 3), torch.ones(4, 3)) == 0
+
+
+def test_twin_accuracy_tells_a_tight_cluster_apart_under_bf16() -> None:
+    points = 1 + 0.02 * torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert twin_accuracy(points, points) == 1

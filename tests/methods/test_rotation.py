@@ -8,7 +8,7 @@ import torch
 
 from sslmed.config import UsageError
 from sslmed.data.loading import Batch
-from sslmed.data.modality import MODALITIES
+from sslmed.data.modality import MODALITIES, with_views
 from sslmed.keyed_rng import rng
 from sslmed.methods.rotation import Rotation, RotationConfig, all_turns, inside_circle, one_turn
 from sslmed.models.backbones import BackboneConfig, build
@@ -82,6 +82,13 @@ def test_it_warns_where_rotation_cannot_be_told_or_is_given_away() -> None:
     assert not method(circle=True).notes(XRAY, 64)
     (degenerate,) = method(circle=True).notes(replace(XRAY, name="tissue", upright=False), 64)
     assert "tissue images have no up and down" in degenerate
+    unsure = method().notes(MODALITIES["photo"], 64)
+    assert ["note: where" in note for note in unsure] == [True, True]
+
+
+def test_it_says_which_settings_of_views_it_limits() -> None:
+    photo = with_views(MODALITIES["photo"], {"rotate": 40, "vflip": 0.5})
+    assert "limits views.rotate, views.vflip" in method(circle=True).notes(photo, 64)[-1]
 
 
 def test_images_must_be_square() -> None:

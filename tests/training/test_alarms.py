@@ -133,3 +133,39 @@ def test_off_never_rings_and_the_state_survives_a_resume() -> None:
     assert second.state_dict() == first.state_dict()
     second.look_at_embeddings(8, 0.0, 16)
     assert "since step 3" in said[0]
+
+
+def test_a_standstill_is_remembered_over_a_resume() -> None:
+    said: list[str] = []
+    still = torch.nn.Linear(2, 2)
+    first, second = alarms(said), alarms(said)
+    for step in (1, 2, 3):
+        first.look_at_average(step, 100, still)
+    second.load_state_dict(first.state_dict())
+    for step in (4, 5, 6):
+        second.look_at_average(step, 100, still)
+    assert not said
+    second.look_at_average(7, 100, still)
+    assert "since step 2" in said[0]
+
+
+def test_a_short_training_rings_within_a_quarter_of_it() -> None:
+    said: list[str] = []
+    watch, still = (
+        Alarms({"collapse": "warn", "explosion": "warn", "frozen": "warn"}, 200, 1, said.append),
+        torch.nn.Linear(2, 2),
+    )
+    for step in range(1, 30):
+        watch.look_at_average(step, 80, still)
+    assert "frozen" in said[0]
+
+
+def test_a_norm_that_is_no_number_is_wrong_and_never_usual() -> None:
+    said: list[str] = []
+    watch = alarms(said)
+    for step in range(FEWEST_NORMS):
+        watch.look_at_norm(step, "gradient_norm", 1.0)
+    for step in (5, 6, 7):
+        watch.look_at_norm(step, "gradient_norm", float("nan"))
+    assert len(said) == 1
+    assert watch.state_dict()["norms"]["gradient_norm"] == [1.0] * FEWEST_NORMS
