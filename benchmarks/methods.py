@@ -114,7 +114,12 @@ class Benchmark:
             result = sslmed.pretrain(arm.recipe, self.store.path, out, overrides=overrides)
         except TrainingAborted as error:
             return {"failed": str(error)}
-        return {"steps": result.steps, "metrics": {key: round(each, 4) for key, each in result.metrics.items()}}
+        weights = sha256(out / "artifact" / "model.safetensors")
+        return {
+            "steps": result.steps,
+            "weights": weights,
+            "metrics": {key: round(each, 4) for key, each in result.metrics.items()},
+        }
 
     def _probe(self, family: str) -> dict[str, Any]:
         arms = [arm for arm in FAMILIES[family] if arm == "imagenet" or "failed" not in self._pretrain(arm)]
@@ -122,7 +127,10 @@ class Benchmark:
         return self.cells.run(f"probes-{family}", lambda: self._compare(family, arms), **settings)
 
     def _weights(self, arm: str) -> str:
-        return sha256(self.imagenet if arm == "imagenet" else self.work / arm / "artifact" / "model.safetensors")
+        if arm == "imagenet":
+            return sha256(self.imagenet)
+        weights: str = self._pretrain(arm)["weights"]
+        return weights
 
     def _compare(self, family: str, arms: list[str]) -> dict[str, Any]:
         """Every arm of a family against as many random starts as there are draws."""
@@ -149,6 +157,10 @@ class Benchmark:
         if arm == "imagenet":
             config = IMAGENET.model_copy(update={"init": str(self.imagenet)})
             return start(config, SIZE, named(self.store.modality), seed=0).backbone.network
+        if not (self.work / arm).exists():
+            raise SystemExit(
+                f"the weights of {arm} are not in {self.work}; delete the cell pretrain-{arm} to make them"
+            )
         return sslmed.load_backbone(self.work / arm)
 
     def _features(self, network: torch.nn.Module) -> Features:
