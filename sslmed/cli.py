@@ -176,7 +176,7 @@ def ingest(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A folder of images, or one image.")],
     out: Annotated[Path, typer.Option("--out", metavar="STORE", help="The store to make.")],
     modality: Annotated[
-        str, typer.Option("--modality", metavar="M", help="What kind of image, such as xray or photo.")
+        str, typer.Option("--modality", metavar="M", help="What kind of image: xray, histology or photo.")
     ],
     labels: Annotated[
         Path | None, typer.Option(metavar="CSV", help="Columns file, patient, perhaps split, and label:NAME.")

@@ -115,9 +115,31 @@ _PHOTO = Modality(
     normalise=normalise_photo,
     upright=None,
     annotated=None,
-    taken=frozenset({"XC", "ES", "GM", "SM", "OP", "DMS", "OT"}),
+    taken=frozenset({"XC", "ES", "GM", "OP", "DMS", "OT"}),
 )
-MODALITIES: dict[str, Modality] = {modality.name: modality for modality in (_XRAY, _PHOTO)}
+_HISTOLOGY = Modality(
+    name="histology",
+    channels=(1, 3),
+    # Tissue has no up and no left: every flip and quarter turn. Colour is stain, which differs from laboratory to
+    # laboratory (Tellez et al., arXiv 1902.06543): stains are changed, not hue and saturation.
+    view=ViewConfig(
+        crop=(0.3, 1.0),
+        hflip=0.5,
+        vflip=0.5,
+        rot90=1.0,
+        stain=0.05,
+        brightness=0.2,
+        contrast=0.2,
+        blur=0.2,
+        blur_sigma=(0.1, 1.0),
+    ),
+    legal=_GEOMETRY | _INTENSITY | {"vflip", "rot90", "stain"},
+    intensity_range=dtype_range,
+    normalise=normalise_photo,
+    upright=False,
+    taken=frozenset({"SM", "GM"}),
+)
+MODALITIES: dict[str, Modality] = {modality.name: modality for modality in (_XRAY, _HISTOLOGY, _PHOTO)}
 
 
 def named(name: str) -> Modality:

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from sslmed.config import Config
+from sslmed.data import stain
 from sslmed.image_size import ImageSize, sides
 from sslmed.keyed_rng import rng
 
@@ -45,6 +46,7 @@ class ViewConfig(Config):
         noise: greatest standard deviation of Gaussian noise, normalised units.
         colour: greatest relative change of each colour channel by itself (photo only).
         grey: probability of dropping the colour (photo only).
+        stain: strength of the change of haematoxylin, eosin and DAB (histology only; ``sslmed.data.stain``).
     """
 
     crop: tuple[float, float] = (0.5, 1.0)
@@ -59,6 +61,7 @@ class ViewConfig(Config):
     blur: Probability = 0.0
     blur_sigma: tuple[float, float] = (0.1, 1.0)
     solarize: Probability = 0.0
+    stain: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     noise: Strength = 0.0
     colour: Strength = 0.0
     grey: Probability = 0.0
@@ -100,7 +103,11 @@ class Augment:
             config, geometry = self.configs[number], self._geometry[number]
             stream = rng(self.seed, epoch, sample, f"view{number}")
             geometry.set_random_state(stream, random.Random(int(stream.integers(2**63))))  # noqa: S311
-            view = self.normalise(geometry(image=pixels)["image"], low, high)
+            view = geometry(image=pixels)["image"]
+            if config.stain and view.ndim == 3:  # before standardisation: densities are logarithms of the light
+                unit = np.clip((view.astype(np.float32) - low) / (high - low), 0, 1)
+                view = stain.jitter(unit, config.stain, stream) * (high - low) + low
+            view = self.normalise(view, low, high)
             views.append(_intensity(view, config, stream))
         return views
 

@@ -18,7 +18,16 @@ INPUTS = {
     "12 in 16 bit": RNG.integers(0, 4096, (24, 32), dtype=np.uint16),
     "one pixel": np.array([[7]], np.uint8),
 }
-ILLEGAL_VALUE = {"hflip": 0.5, "vflip": 0.5, "rot90": 0.5, "colour": 0.2, "grey": 0.2, "rotate": 5.0, "noise": 0.1}
+ILLEGAL_VALUE = {
+    "hflip": 0.5,
+    "vflip": 0.5,
+    "rot90": 0.5,
+    "colour": 0.2,
+    "grey": 0.2,
+    "rotate": 5.0,
+    "noise": 0.1,
+    "stain": 0.05,
+}
 ILLEGAL_VALUE |= {"solarize": 0.2}
 
 

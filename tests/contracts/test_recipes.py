@@ -8,6 +8,7 @@ from sslmed import shipped as shelf
 from sslmed.commands.finetune import finetune
 from sslmed.commands.ingest import ingest
 from sslmed.commands.pretrain import pretrain
+from sslmed.data.modality import MODALITIES
 from sslmed.data.store import Store
 from sslmed.recipe import PretrainRecipe, dump, load
 from sslmed.shipped import Shipped, shipped
@@ -39,9 +40,16 @@ def test_a_shipped_recipe(recipe: Shipped, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def stores(phantom_store: Store, phantom_images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    photo = tmp_path_factory.mktemp("photo") / "store"
-    ingest(phantom_images, photo, modality="photo", labels=phantom_images / "labels.csv")
-    return {"xray": phantom_store.path, "photo": photo}
+    found = {"xray": phantom_store.path}
+    for name in MODALITIES.keys() - found.keys():
+        found[name] = tmp_path_factory.mktemp(name) / "store"
+        ingest(phantom_images, found[name], modality=name, labels=phantom_images / "labels.csv")
+    return found
+
+
+@pytest.mark.parametrize("name", MODALITIES)
+def test_every_modality_has_the_recipes_that_commands_point_to(name: str) -> None:
+    assert {f"{name}/simclr_resnet18", f"{name}/classification"} <= {recipe.name for recipe in shipped()}
 
 
 def test_every_shipped_recipe_runs_two_steps(stores: dict[str, Path], tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ KNOBS: dict[str, tuple[dict[str, Any], dict[str, Any], np.ndarray]] = {
     "noise": (SQUARE, {"noise": 0.5}, GREY),
     "colour": (SQUARE, {"colour": 0.5}, RGB),
     "grey": (SQUARE, {"grey": 1}, RGB),
+    "stain": (SQUARE, {"stain": 0.2}, RGB),
 }
 
 
