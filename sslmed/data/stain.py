@@ -10,14 +10,16 @@ Pixels = np.ndarray[Any, np.dtype[Any]]
 # Analytical and Quantitative Cytology and Histology 23 (2001), 291-299, table 1.
 RGB_FROM_HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 HED_FROM_RGB = np.linalg.inv(RGB_FROM_HED)
-DARKEST = 1e-6  # keeps the logarithm finite; a pixel this dark has density 1
+DARKEST = 1e-3  # of the light; keeps the logarithm finite
 
 
 def jitter(unit: Pixels, strength: float, stream: np.random.Generator) -> Pixels:
-    """Each stain's density s becomes a s + b with a from 1 -+ ``strength`` and b from -+ ``strength``, for the image.
+    """Each stain's optical density s becomes a s + b, a from 1 -+ ``strength`` and b from -+ ``strength``.
 
-    Stain augmentation of Tellez et al., arXiv 1902.06543 (HED-light: 0.05, HED-strong: 0.2); unlike a rescaling of
-    the result it keeps the white of the glass where b is small.
+    One a and b a stain for the whole image: stain augmentation (Tellez et al., arXiv 1902.06543) in natural optical
+    densities, s = -ln(light), where Macenko augmentors use 0.2 for both. The result is never rescaled to its own
+    range, which would take away the white of the glass. (In units of ln(1e-6), which some libraries have, the same b
+    would be fourteen times as strong and tint the glass.)
 
     Args:
         unit: (H, W, 3) RGB in [0, 1].
@@ -26,8 +28,8 @@ def jitter(unit: Pixels, strength: float, stream: np.random.Generator) -> Pixels
     Returns:
         (H, W, 3) float32 in [0, 1].
     """
-    density = np.log(np.maximum(unit, DARKEST)) / np.log(DARKEST) @ HED_FROM_RGB
+    density = -np.log(np.maximum(unit, DARKEST)) @ HED_FROM_RGB
     scale = stream.uniform(1 - strength, 1 + strength, size=3)
     shift = stream.uniform(-strength, strength, size=3)
-    mixed = np.exp(np.log(DARKEST) * ((density * scale + shift) @ RGB_FROM_HED))
-    return np.asarray(np.clip(mixed, 0, 1), dtype=np.float32)
+    light = np.exp(-(density * scale + shift) @ RGB_FROM_HED)
+    return np.asarray(np.clip(light, 0, 1), dtype=np.float32)
