@@ -15,7 +15,7 @@ from sslmed.data.readers.refusal import BYTE_LIMIT, PIXEL_LIMIT, RefusedError, o
 from sslmed.data.readers.series import group, read_series
 from sslmed.data.scan import Scan
 
-__all__ = ["BYTE_LIMIT", "PIXEL_LIMIT", "SUFFIXES", "find", "group", "leaves", "listing", "read", "read_series"]
+__all__ = ["BYTE_LIMIT", "PIXEL_LIMIT", "SUFFIXES", "find", "group", "listing", "read", "read_series"]
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm"})
 
@@ -29,8 +29,7 @@ def listing(source: Path) -> tuple[list[Path], list[Path]]:
     """The files under a folder, or the one file, as (readable by suffix, others), each sorted by path.
 
     DICOM files often have no suffix, or the end of a number for one: those are known by the magic in their content.
-    Hidden files and folders (a leading dot) are in neither list. Links to folders are followed, each folder once; see
-    `leaves`.
+    Hidden files and folders (a leading dot) are in neither list. Links to folders are followed, each folder once.
 
     Raises:
         MissingInputError: ``source`` does not exist.
@@ -67,11 +66,6 @@ def _known(path: Path) -> bool:
             return file.read(132)[128:] == b"DICM"
     except OSError:
         return False
-
-
-def leaves(path: Path, source: Path) -> bool:
-    """Whether a path under the folder ``source`` leads out of it by a link."""
-    return not path.resolve().is_relative_to(source.resolve())
 
 
 def _refuse_folder(error: OSError) -> None:

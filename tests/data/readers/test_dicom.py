@@ -17,7 +17,7 @@ from pydicom.uid import ExplicitVRBigEndian, JPEG2000Lossless
 
 from sslmed.config import DataError, MissingDependencyError
 from sslmed.data import readers
-from sslmed.data.readers import dicom_pixels, find, leaves, read
+from sslmed.data.readers import dicom_pixels, find, read
 
 SAMPLES = Path(pydicom.__file__).parent / "data" / "test_files"
 RAMP = np.arange(4096, dtype=np.uint16).reshape(64, 64)
@@ -355,15 +355,6 @@ def test_files_without_a_suffix_are_found_by_their_magic(tmp_path: Path, make: M
     (tmp_path / "README").write_text("no image")
     (tmp_path / "empty").touch()
     assert [path.name for path in find(tmp_path)] == ["1.2.840.10008.5", "IM000001"]
-
-
-def test_a_link_out_of_the_folder_is_seen(tmp_path: Path, make: Make) -> None:
-    (tmp_path / "in").mkdir()
-    outside = make(RAMP)
-    (tmp_path / "in" / "link.dcm").symlink_to(outside)
-    inside = make(RAMP, "in/b.dcm")
-    assert leaves(tmp_path / "in" / "link.dcm", tmp_path / "in")
-    assert not leaves(inside, tmp_path / "in")
 
 
 def test_importing_the_readers_imports_no_format_library() -> None:
