@@ -1,10 +1,27 @@
 """What a reader hands over, before any modality has a say in it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class NiftiGrid:
+    """How a NIfTI file places its voxels, field by field, so that a file of the same grid can be written bit by bit.
+
+    Attributes:
+        shape: voxels along the file's axes (i, j, k).
+        turn: (3, 2) int8, nibabel's orientation: for each of i, j, k the axis of (right, front, head) and its sign.
+        fields: (25,) float64: qform_code, sform_code, xyzt_units, qfac, pixdim 1 to 3, quatern b, c, d, qoffset x, y,
+            z, srow_x, srow_y, srow_z.
+    """
+
+    shape: tuple[int, int, int]
+    turn: np.ndarray[Any, np.dtype[np.int8]]
+    fields: np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +50,12 @@ class Scan:
         series: likewise, the series' unique identifier.
         position: of one slice, mm along its normal; None of anything else.
         identity: names, never values, of the attributes in the file that tell who the patient is.
+        part: which scan of its file it is, where a file holds several: "3", or "train/12"; "" where it is the only one.
+        labels: what the file itself says of the part, by label name (MedMNIST); its ``split`` likewise.
+        orientation: where the source's own axes point, such as "LPS": nibabel's three ``aff2axcodes`` letters for the
+            axes (column, row, slice) as the file has them; "" where the file does not say.
+        annotated: whether the file says that text is burned into its pixels; None where it does not say.
+        grid: how a NIfTI file places its voxels, to write others back exactly as they lay; None of other formats.
     """
 
     pixels: np.ndarray[Any, np.dtype[Any]]
@@ -47,6 +70,12 @@ class Scan:
     series: str = field(default="", repr=False)
     position: float | None = None
     identity: tuple[str, ...] = ()
+    part: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    split: str = ""
+    orientation: str = ""
+    annotated: bool | None = None
+    grid: NiftiGrid | None = None
 
     def __post_init__(self) -> None:
         self.pixels.setflags(write=False)

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from sslmed import __version__
 from sslmed.config import DataError, DiskError, OutputExistsError, TemporaryError
+from sslmed.data.hdf5 import chunk_filters, h5_bytes, new_h5
 from sslmed.data.splits import SPLITS
-from sslmed.data.store import chunk_filters, h5_bytes, new_h5
 from sslmed.data.store_format import INDEX_H5, SCHEMA, STORE_JSON, Index, LabelColumn, MetaColumn, digest, group_name
 from sslmed.durable import write_json
 
