@@ -50,6 +50,7 @@ class Scan:
         series: likewise, the series' unique identifier.
         position: of one slice, mm along its normal; None of anything else.
         identity: names, never values, of the attributes in the file that tell who the patient is.
+        slices: the file of each slice, in order, of a volume that is a series of files.
         part: which scan of its file it is, where a file holds several: "3", or "train/12"; "" where it is the only one.
         labels: what the file itself says of the part, by label name (MedMNIST); its ``split`` likewise.
         orientation: where the source's own axes point, such as "LPS": nibabel's three ``aff2axcodes`` letters for the
@@ -70,6 +71,7 @@ class Scan:
     series: str = field(default="", repr=False)
     position: float | None = None
     identity: tuple[str, ...] = ()
+    slices: tuple[Path, ...] = ()
     part: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     split: str = ""

@@ -3,26 +3,27 @@
 import logging
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from sslmed.data.readers import dicom_header as facts
 from sslmed.data.readers import dicom_values as values
 from sslmed.data.readers import planes
 from sslmed.data.readers.dicom_pixels import check, stored_values
-from sslmed.data.readers.refusal import Pixels, RefusedError
+from sslmed.data.readers.refusal import Pixels, RefusedError, check_bytes
 from sslmed.data.scan import Scan
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-_DEFLATED = "1.2.840.10008.1.2.1.99"
 _INFLATED_LIMIT = 2**29
+_KNOWN_BY = ("Modality", "Rows", "DirectoryRecordSequence")
 _NO_IMAGES = {
     "RTDOSE": "a dose grid",
     "RTPLAN": "a treatment plan",
@@ -34,29 +35,21 @@ _NO_IMAGES = {
     "ECG": "a waveform",
     "DOC": "a document",
 }
-_IDENTITY = (
-    "PatientName",
-    "PatientID",
-    "OtherPatientIDs",
-    "OtherPatientNames",
-    "PatientBirthDate",
-    "PatientAddress",
-    "PatientTelephoneNumbers",
-    "PatientMotherBirthName",
-    "MedicalRecordLocator",
-    "AccessionNumber",
-    "ReferringPhysicianName",
-    "PerformingPhysicianName",
-    "OperatorsName",
-    "InstitutionName",
-    "InstitutionAddress",
-)
 
 
 def is_dicom(content: bytes) -> bool:
     """The magic after the preamble, or a file without one: it begins with group 2 or 8, little endian (PS3.10, 7.1)."""
     bare = content[:1] in (b"\2", b"\x08") and content[1:2] == b"\0" and content[3:4] == b"\0" and len(content) > 8
     return content[128:132] == b"DICM" or bare
+
+
+def is_dicom_file(path: Path) -> bool:
+    """Whether a file begins as DICOM does; False of one that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return is_dicom(file.read(132))
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -68,18 +61,67 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def parse(content: bytes, headers_only: bool = False) -> "Dataset":
+def parse(content: bytes) -> "Dataset":
     """The dataset of an image.
 
     Raises:
         RefusedError: an index, a report or something else without pixels.
     """
     from pydicom import dcmread
+
+    dataset = _image(dcmread(_Source(BytesIO(content)), force=True))
+    if "PixelData" not in dataset:
+        other = next((name for name in ("FloatPixelData", "DoubleFloatPixelData") if name in dataset), None)
+        raise RefusedError(f"is DICOM with {other}, which is not read" if other else "is DICOM without an image")
+    return dataset
+
+
+def header(path: Path, names: Sequence[str] | None = None) -> "Dataset":
+    """What stands before the pixels of an image; nothing after it is read from the disk, unless the file is deflated.
+
+    Args:
+        names: the attributes that are wanted, besides those by which an image is known; None for all.
+
+    Raises:
+        RefusedError: as `parse`; or the file is no DICOM.
+    """
+    from pydicom import dcmread
+
+    check_bytes(path.stat().st_size)
+    wanted = None if names is None else [*_KNOWN_BY, *names]
+    with path.open("rb") as file:
+        if not is_dicom(file.read(132)):
+            raise RefusedError("is no DICOM file")
+        file.seek(0)
+        return _image(dcmread(_Source(file), force=True, stop_before_pixels=True, specific_tags=wanted))
+
+
+class _Source:
+    """What pydicom reads a file from.
+
+    It reads "all that is left" only of a deflated file, to inflate that whole: which is tried here first, under a
+    limit.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._file.read(size)
+        if size < 0:
+            inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+            inflater.decompress(content, _INFLATED_LIMIT)
+            if inflater.unconsumed_tail:
+                raise RefusedError(f"inflates to more than {_INFLATED_LIMIT} bytes")
+        return content
+
+
+def _image(dataset: "Dataset") -> "Dataset":
+    """The dataset with the transfer syntax that it was read in, once it is one of an image."""
     from pydicom.dataset import FileMetaDataset
     from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-    _check_deflated(content)
-    dataset = dcmread(BytesIO(content), force=True, stop_before_pixels=headers_only)
     meta = getattr(dataset, "file_meta", None)
     if meta is None:
         dataset.file_meta = meta = FileMetaDataset()
@@ -92,22 +134,15 @@ def parse(content: bytes, headers_only: bool = False) -> "Dataset":
         raise RefusedError("is a DICOMDIR, an index of other files")
     if kind in _NO_IMAGES:
         raise RefusedError(f"is {_NO_IMAGES[kind]} (DICOM {kind}), no image")
-    if "Rows" not in dataset or not (headers_only or "PixelData" in dataset):
-        other = next((name for name in ("FloatPixelData", "DoubleFloatPixelData") if name in dataset), None)
-        raise RefusedError(f"is DICOM with {other}, which is not read" if other else "is DICOM without an image")
+    if "Rows" not in dataset:
+        raise RefusedError("is DICOM without an image")
     return dataset
 
 
-def _check_deflated(content: bytes) -> None:
-    """Refuse a bomb before pydicom inflates it whole."""
-    if content[128:132] != b"DICM" or _DEFLATED.encode() not in content[:4096]:
-        return
-    # The meta group begins with its own length (PS3.10, 7.1): tag, VR, 2 bytes of length, 4 bytes of value.
-    start = 144 + int.from_bytes(content[140:144], "little")
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    inflater.decompress(content[start:], _INFLATED_LIMIT)
-    if inflater.unconsumed_tail:
-        raise RefusedError(f"inflates to more than {_INFLATED_LIMIT} bytes")
+def is_localizer(dataset: "Dataset") -> bool:
+    """Whether it is a scout that slices were planned on (PS3.3, C.7.6.1.1.2), not one of them."""
+    words = dataset.get("ImageType") or []
+    return "LOCALIZER" in [str(word).upper() for word in ([words] if isinstance(words, str) else words)]
 
 
 def dicom(content: bytes, path: Path) -> Scan:
@@ -122,21 +157,23 @@ def scan_of(dataset: "Dataset", path: Path) -> Scan:
     CT, MR, PET and NM keep their rescaled values, other grey images are shown through their window; see `values`.
 
     Raises:
-        RefusedError: sizes, frames, values or a geometry that are not read here.
+        RefusedError: sizes, frames, values or a geometry that are not read here, a localizer.
     """
     frames = check(dataset)
     if dataset.get("Modality") in values.QUANTITIES and frames > 1 and not _placed(dataset, frames):
         raise RefusedError(
             f"is {dataset.Modality} of {frames} frames, but does not say where each lies (no functional groups)"
         )
+    if dataset.get("Modality") in values.QUANTITIES and is_localizer(dataset):
+        raise RefusedError("is a localizer, not a slice of a volume")
     stored = stored_values(dataset, frames)
     pixels = np.stack([meaning(stored[frame], dataset, frame) for frame in range(frames)])
     if frames == 1:
         place = plane_of(dataset)
-        return described(finished(pixels[0], dataset), dataset, path, Geometry.of_slice(place, _detector(dataset)))
+        return described(finished(pixels[0], dataset), dataset, path, Geometry.of_slice(place, facts.spacing(dataset)))
     if _placed(dataset, frames):
         return _volume(pixels, dataset, path, frames)
-    return described(finished(pixels, dataset), dataset, path, Geometry("clip", _detector(dataset)))
+    return described(finished(pixels, dataset), dataset, path, Geometry("clip", facts.spacing(dataset)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,9 +186,9 @@ class Geometry:
     position: float | None = None
 
     @classmethod
-    def of_slice(cls, place: planes.Plane | None, detector: tuple[float, float] | None) -> "Geometry":
+    def of_slice(cls, place: planes.Plane | None, spacing: tuple[float, float] | None) -> "Geometry":
         if place is None:
-            return cls("image", detector)
+            return cls("image", spacing)
         return cls("image", place.spacing, planes.affine(place), place.position)
 
 
@@ -190,7 +227,9 @@ def described(pixels: Pixels, dataset: "Dataset", path: Path, place: Geometry) -
         study=str(dataset.get("StudyInstanceUID") or ""),
         series=str(dataset.get("SeriesInstanceUID") or ""),
         position=place.position,
-        identity=tuple(name for name in _IDENTITY if str(dataset.get(name) or "").strip()),
+        identity=facts.identity(dataset),
+        orientation="" if place.affine is None else planes.letters(place.affine),
+        annotated=facts.annotated(dataset),
     )
 
 
@@ -239,14 +278,3 @@ def stacked(pixels: Pixels, dataset: "Dataset", path: Path, slices: list[planes.
         volume, matrix = planes.upright(volume, found, fill)
     spacing = (found.gap, *slices[0].spacing)
     return described(finished(volume, dataset), dataset, path, Geometry("volume", spacing, matrix))
-
-
-def _detector(dataset: "Dataset") -> tuple[float, float] | None:
-    """Pixel spacing (down, across) in mm: as calibrated, else at the detector; None where neither is two numbers."""
-    for name in ("PixelSpacing", "ImagerPixelSpacing"):
-        given = dataset.get(name)
-        if given is not None and not isinstance(given, str | float) and len(given) == 2:
-            down, across = (float(side) for side in given)
-            if np.isfinite([down, across]).all() and min(down, across) > 0:
-                return down, across
-    return None

@@ -1,4 +1,4 @@
-"""NIfTI-1 and NIfTI-2 files, plain or gzipped, to volumes.
+"""NIfTI-1 and NIfTI-2 files, plain or gzipped, to volumes, one after another where a file holds several.
 
 nibabel reads the header; the bytes are unpacked here under a limit, so that a file that inflates without end is
 refused.
@@ -8,14 +8,15 @@ import gzip
 import logging
 import warnings
 import zlib
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sslmed.data.readers.refusal import BYTE_LIMIT, DEFLATE_RATIO, Pixels, RefusedError, check_size
-from sslmed.data.scan import Scan
+from sslmed.data.readers.refusal import DEFLATE_RATIO, Pixels, RefusedError, check_bytes, check_size
+from sslmed.data.scan import NiftiGrid, Scan
 
 GZIP_MAGIC = b"\x1f\x8b"
 _MAGIC = {344: (b"n+1\0",), 4: (b"n+2\0\r\n\x1a\n",)}  # offset in the header -> magic of a single file
@@ -44,18 +45,19 @@ def _head(content: bytes) -> bytes:
         return b""
 
 
-def nifti(content: bytes, path: Path) -> Scan:
-    """A volume (D, H, W) in canonical orientation: W grows to the patient's right, H to the front, D to the head.
+def nifti(content: bytes, path: Path) -> tuple[str, Iterator[Scan]]:
+    """The volumes, and how many of several there are ("4 volumes").
 
+    A volume is (D, H, W) in canonical orientation: W grows to the patient's right, H to the front, D to the head.
     Values are scaled by slope and intercept: int16 or uint16 where the file holds such (or bytes) unscaled, else
-    float32. Of a file of four dimensions only one volume is read; several are refused, since which of them is meant
-    (time, direction, echo) is not the reader's to choose.
+    float32. The volumes of a fourth dimension (time, direction, echo) have one geometry and "0", "1", ... for part.
 
     Raises:
-        RefusedError: no geometry (neither sform nor qform), other dimensions, colours, complex numbers, NaN, infinity,
-            a header without its image beside it, claims beyond the file or the limits.
+        RefusedError: no geometry (neither sform nor qform), other dimensions, colours, complex numbers, a header
+            without its image beside it, claims beyond the file or the limits; while iterating: NaN, infinity.
     """
     import nibabel
+    from nibabel.orientations import io_orientation
 
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)  # what it would log ends in the refusal
     head = _head(content)
@@ -66,38 +68,56 @@ def nifti(content: bytes, path: Path) -> Scan:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         header = kind.header_class.from_fileobj(BytesIO(head), check=False)
-        shape, dtype, offset = _claims(header)
-        size = int(np.prod(shape, dtype=object)) * dtype.itemsize
-        whole = _unpacked(content, offset + size)
-        if len(whole) < offset + size:
-            raise RefusedError(f"is truncated: {offset + size} bytes are claimed, {len(whole)} are there")
-        volume = np.frombuffer(whole, dtype, size // dtype.itemsize, offset).reshape(shape, order="F")
-        values = _scaled(volume, *header.get_slope_inter())
-        return _canonical(values, _affine(header), path)
+        shape, count, dtype, offset = _claims(header)
+        size = offset + count * int(np.prod(shape, dtype=object)) * dtype.itemsize
+        check_bytes(size)
+        whole = _unpacked(content, size)
+        if len(whole) < size:
+            raise RefusedError(f"is truncated: {size} bytes are claimed, {len(whole)} are there")
+        fields, matrix, scale = _fields(header), _affine(header), header.get_slope_inter()
+        grid = NiftiGrid(shape, io_orientation(matrix).astype(np.int8), fields)
+    stored = np.frombuffer(whole, dtype, count * int(np.prod(shape)), offset).reshape((*shape, count), order="F")
+    parts = [str(number) for number in range(count)] if count > 1 else [""]
+    found = (
+        _canonical(_scaled(stored[..., number], *scale), matrix, grid, path, part) for number, part in enumerate(parts)
+    )
+    return f"{count} volumes" if count > 1 else "", found
 
 
-def _claims(header: Any) -> tuple[tuple[int, int, int], np.dtype[Any], int]:
+def _claims(header: Any) -> tuple[tuple[int, int, int], int, np.dtype[Any], int]:
+    """The shape of a volume, how many there are, their dtype, and where the first begins."""
     shape = tuple(int(side) for side in header.get_data_shape())
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    if len(shape) > 3:
-        raise RefusedError(f"has {len(shape)} dimensions ({' x '.join(map(str, shape))}); save each volume by itself")
-    if len(shape) < 3:
-        raise RefusedError(f"has {len(shape)} dimensions; allowed: 3")
-    check_size(*shape)
+    if not 3 <= len(shape) <= 4:
+        raise RefusedError(
+            f"has {len(shape)} dimensions ({' x '.join(map(str, shape))}); allowed: 3, or 4 for several volumes"
+        )
+    check_size(*shape[:3])
+    count = shape[3] if len(shape) == 4 else 1
+    if count < 1:
+        raise RefusedError(f"claims {count} volumes")
     dtype = header.get_data_dtype()
     if dtype.newbyteorder("=").str[1:] not in _KINDS:
         raise RefusedError(f"holds {dtype}; allowed: integers of 8, 16 or 32 bits and floats of 32 or 64")
     offset = float(header["vox_offset"])
     if not 0 < offset < 2**24:
         raise RefusedError(f"puts its values at byte {offset:g}")
-    return (shape[0], shape[1], shape[2]), dtype, int(offset)
+    return (shape[0], shape[1], shape[2]), count, dtype, int(offset)
+
+
+def _fields(header: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """What a `NiftiGrid` keeps of a header."""
+    names = ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")
+    codes = [header["qform_code"], header["sform_code"], header["xyzt_units"]]
+    given = [*codes, header["pixdim"][:4], *(header[name] for name in names)]
+    return np.concatenate([np.asarray(one, np.float64).reshape(-1) for one in given])
 
 
 def _unpacked(content: bytes, size: int) -> bytes:
     if not content.startswith(GZIP_MAGIC):
         return content
-    if size > BYTE_LIMIT or size > DEFLATE_RATIO * len(content):
+    if size > DEFLATE_RATIO * len(content):
         raise RefusedError(f"claims {size} bytes, more than its {len(content)} can hold")
     with gzip.open(BytesIO(content)) as file:
         whole = file.read(size)
@@ -115,7 +135,8 @@ def _scaled(volume: Pixels, slope: float | None, intercept: float | None) -> Pix
         slope, intercept = 1.0, 0.0
     if not np.isfinite([slope, intercept]).all():
         raise RefusedError(f"has a slope of {slope} and an intercept of {intercept}")
-    values = volume.astype(np.float64) * slope + intercept
+    with np.errstate(all="ignore"):  # what overflows is seen below
+        values = volume.astype(np.float64) * slope + intercept
     bad = ~np.isfinite(values)
     if bad.any():
         raise RefusedError(f"has {int(bad.sum())} values that are NaN or infinite")
@@ -128,6 +149,8 @@ def _affine(header: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
     if int(header["sform_code"]) > 0:
         matrix = header.get_sform()
     elif int(header["qform_code"]) > 0:
+        if header["pixdim"][0] == 0:  # means 1 (nifti1.h, "METHOD 2")
+            header["pixdim"][0] = 1
         matrix = header.get_qform()
     else:
         raise RefusedError("does not say how its axes lie in the patient: both qform and sform codes are 0")
@@ -140,14 +163,21 @@ def _affine(header: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
     return matrix
 
 
-def _canonical(values: Pixels, matrix: np.ndarray[Any, np.dtype[np.float64]], path: Path) -> Scan:
+def _canonical(
+    values: Pixels, matrix: np.ndarray[Any, np.dtype[np.float64]], grid: NiftiGrid, path: Path, part: str
+) -> Scan:
     """Axes (i, j, k) of the file to (d, h, w) = (to the head, to the front, to the right), as near as they are."""
-    from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+    from nibabel.orientations import aff2axcodes, apply_orientation, inv_ornt_aff
 
-    turn = io_orientation(matrix)
-    right_front_head = apply_orientation(values, turn)
-    matrix = matrix @ inv_ornt_aff(turn, values.shape)
-    volume = np.ascontiguousarray(right_front_head.transpose(2, 1, 0))
-    matrix = matrix[:, [2, 1, 0, 3]]
-    spacing = tuple(float(side) for side in np.linalg.norm(matrix[:3, :3], axis=0))
-    return Scan(volume, spacing, path, kind="volume", affine=matrix)
+    right_front_head = apply_orientation(values, grid.turn)
+    turned = (matrix @ inv_ornt_aff(grid.turn, values.shape))[:, [2, 1, 0, 3]]
+    return Scan(
+        np.ascontiguousarray(right_front_head.transpose(2, 1, 0)),
+        tuple(float(side) for side in np.linalg.norm(turned[:3, :3], axis=0)),
+        path,
+        kind="volume",
+        affine=turned,
+        part=part,
+        orientation="".join(str(letter) for letter in aff2axcodes(matrix)),
+        grid=grid,
+    )

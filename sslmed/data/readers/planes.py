@@ -83,6 +83,13 @@ def affine(first: Plane, gap: float = 1.0) -> Vector:
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ matrix
 
 
+def letters(matrix: Vector) -> str:
+    """Where the axes (across, down, normal) of an `affine` point, in nibabel's letters: "L" grows to the left."""
+    from nibabel.orientations import aff2axcodes
+
+    return "".join(str(letter) for letter in aff2axcodes(matrix[:, [2, 1, 0, 3]]))
+
+
 def stack(planes: Sequence[Plane], resample_tilt: bool = False) -> Stack:
     """Sort slices along their normal and see that they are evenly spaced, parallel and alike.
 
@@ -115,7 +122,7 @@ def stack(planes: Sequence[Plane], resample_tilt: bool = False) -> Stack:
     if tilted and not resample_tilt:
         raise RefusedError(
             f"was taken with a tilted gantry ({tilt:.1f} degrees): its slices slide sideways; "
-            "it is read only with resampling (resample_tilt)"
+            "it is read only when it may be resampled (--resample-tilt)"
         )
     median = float(np.median(gaps))
     worst = float(gaps[np.abs(gaps - median).argmax()])

@@ -19,12 +19,13 @@ JPEG_MAGIC = b"\xff\xd8\xff"
 _PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # colour type -> values a pixel (PNG specification, table 11.1)
 # The next marker in entropy-coded data: 0xFF, perhaps repeated, but no stuffed zero, no restart (ITU T.81, B.1.1).
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
+_JPEG_RATIO = 1024  # pixels a byte: a block of 64 takes at least one bit (ITU T.81, F.1.2); doubled
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 def png(content: bytes) -> Pixels:
     """(H, W) or (H, W, 3) in RGB order; an opaque alpha channel is dropped, a palette becomes colours."""
-    chunks = _png_chunks(content)
+    chunks = png_chunks(content)
     if len(chunks.get(b"IHDR", b"")) != 13:
         raise RefusedError("is a damaged PNG: it has no header")
     width, height, bits, colour = struct.unpack(">IIBB", chunks[b"IHDR"][:10])
@@ -39,7 +40,7 @@ def png(content: bytes) -> Pixels:
     return pixels[..., 0] if colour == 4 else pixels  # cv2 makes three equal channels of grey with alpha
 
 
-def _png_chunks(content: bytes) -> dict[bytes, bytes]:
+def png_chunks(content: bytes) -> dict[bytes, bytes]:
     """The last chunk of each kind but IDAT, once every checksum up to IEND is right (PNG specification, 5.3)."""
     chunks: dict[bytes, bytes] = {}
     view = memoryview(content)
@@ -65,6 +66,8 @@ def jpeg(content: bytes) -> Pixels:
     check_size(height, width)
     if components not in (1, 3):
         raise RefusedError(f"is a JPEG of {components} components; allowed: 1 (grey) or 3 (colour)")
+    if height * width > _JPEG_RATIO * len(content):
+        raise RefusedError(f"claims {height} x {width} pixels, more than its {len(content)} bytes can hold")
     return _cv2_decode(content)
 
 

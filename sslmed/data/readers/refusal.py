@@ -36,6 +36,22 @@ def check_size(*shape: int) -> None:
         raise RefusedError(f"claims {claim} pixels; allowed: at most {PIXEL_LIMIT} altogether")
 
 
+def check_bytes(size: int) -> None:
+    """Refuse to hold ``size`` bytes at once.
+
+    Raises:
+        RefusedError: more than ``BYTE_LIMIT``.
+    """
+    if size > BYTE_LIMIT:
+        raise RefusedError(f"has {size} bytes; allowed: at most {BYTE_LIMIT}")
+
+
+def whole(path: Path) -> bytes:
+    """The bytes of a file that is not too large to hold."""
+    check_bytes(path.stat().st_size)
+    return path.read_bytes()  # not cv2.imread, which opens no path outside ASCII on some systems
+
+
 @contextmanager
 def one_error(path: Path) -> Iterator[None]:
     """Whatever is raised inside becomes a `DataError` that names the file, but for a library that is missing."""

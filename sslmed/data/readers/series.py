@@ -1,6 +1,7 @@
 """The DICOM files of one series to one volume."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,34 +9,58 @@ import numpy as np
 
 from sslmed.data.readers import dicom, planes
 from sslmed.data.readers.dicom_pixels import check, stored_values
-from sslmed.data.readers.refusal import BYTE_LIMIT, RefusedError, one_error
+from sslmed.data.readers.dicom_values import QUANTITIES
+from sslmed.data.readers.refusal import BYTE_LIMIT, RefusedError, one_error, whole
 from sslmed.data.scan import Scan
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
 
+def series_of(path: Path) -> str | None:
+    """What the slices of one volume share, their SeriesInstanceUID and SliceThickness; only the header is read.
+
+    A head CT is often taken in two blocks, thin below and thick above, that stand in one series: two volumes. None of
+    everything that is a scan by itself: another format, several frames, a localizer, a picture such as a radiograph
+    (whose series is no volume), a file without SeriesInstanceUID.
+
+    Raises:
+        DataError: the file cannot be read, or is DICOM without an image.
+    """
+    with one_error(path), dicom.quiet():
+        if not dicom.is_dicom_file(path):
+            path.stat()  # a file that is not there is an error
+            return None
+        header = dicom.header(path, ("SeriesInstanceUID", "SliceThickness", "NumberOfFrames", "ImageType"))
+        single = int(header.get("NumberOfFrames") or 1) == 1 and not dicom.is_localizer(header)
+        if not single or header.get("Modality") not in QUANTITIES:
+            return None
+        series = str(header.get("SeriesInstanceUID") or "")
+        if not series:
+            return None
+        thickness = header.get("SliceThickness")
+        return f"{series} {float(thickness):.2f}" if thickness else series
+
+
 def group(paths: Sequence[Path]) -> list[list[Path]]:
     """The files of each series together, in the order in which the series first appear; only headers are read.
 
-    A file without SeriesInstanceUID is a series of its own.
+    A file of which `series_of` is None is a group of its own.
 
     Raises:
-        DataError: a file that is no DICOM image.
+        DataError: a file whose header is bad.
     """
-    found: dict[str, list[Path]] = {}
+    found: dict[str | Path, list[Path]] = {}
     for path in paths:
-        with one_error(path), dicom.quiet():
-            key = str(_header(path).get("SeriesInstanceUID") or "") or f"file {path}"
-        found.setdefault(key, []).append(path)
+        found.setdefault(series_of(path) or path, []).append(path)
     return list(found.values())
 
 
 def read_series(paths: Sequence[Path], resample_tilt: bool = False) -> Scan:
-    """Read the slices of one series as a volume (D, H, W), sorted by position along their normal.
+    """Read the slices of one series as a volume (D, H, W), sorted by position along their normal, as ``slices`` names.
 
-    Geometry is checked on all headers before any pixel is decoded; see `planes.stack` for the tolerances. With one
-    path, that file is read by itself: a volume or clip of several frames, or an image.
+    Geometry is checked on all headers before any pixel is decoded, and each file is decoded once; see `planes.stack`
+    for the tolerances. With one path, that file is read by itself: a volume or clip of several frames, or an image.
 
     Args:
         paths: files of one series, in any order.
@@ -56,7 +81,7 @@ def read_series(paths: Sequence[Path], resample_tilt: bool = False) -> Scan:
     slices = []
     for path in paths:
         with one_error(path), dicom.quiet():
-            header = _header(path)
+            header = dicom.header(path)
             slices.append(_slice(header))
             first = header if first is None else first
             _check_alike(header, first)
@@ -71,27 +96,21 @@ def read_series(paths: Sequence[Path], resample_tilt: bool = False) -> Scan:
             dataset = dicom.parse(_content(path))
             pixels.append(dicom.meaning(stored_values(dataset, check(dataset))[0], dataset, 0))
     with one_error(paths[0]):
-        return dicom.stacked(np.stack(pixels), first, paths[found.order[0]], slices, resample_tilt)
+        scan = dicom.stacked(np.stack(pixels), first, paths[found.order[0]], slices, resample_tilt)
+        return replace(scan, slices=tuple(paths[number] for number in found.order))
 
 
 def _content(path: Path) -> bytes:
-    size = path.stat().st_size
-    if size > BYTE_LIMIT:
-        raise RefusedError(f"has {size} bytes; allowed: at most {BYTE_LIMIT}")
-    content = path.read_bytes()
+    content = whole(path)
     if not dicom.is_dicom(content):
         raise RefusedError("is no DICOM file")
     return content
 
 
-def _header(path: Path) -> "Dataset":
-    return dicom.parse(_content(path), headers_only=True)
-
-
 def _slice(header: "Dataset") -> planes.Plane:
     if check(header) != 1:
         raise RefusedError("has several frames among the single slices of a series")
-    if "LOCALIZER" in [str(word).upper() for word in header.get("ImageType") or []]:
+    if dicom.is_localizer(header):
         raise RefusedError("is a localizer, not a slice of a volume")
     if header.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
         raise RefusedError(f"is in colour ({header.PhotometricInterpretation}), not a slice of a volume")

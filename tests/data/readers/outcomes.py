@@ -9,7 +9,7 @@ import nibabel
 import pydicom
 
 from sslmed.config import SslmedError
-from sslmed.data.readers import read
+from sslmed.data.readers import scans
 
 PAGE = Path(__file__).parents[3] / "docs" / "readers.md"
 START, END = "<!-- made by tests/data/readers/outcomes.py -->\n", "<!-- end -->\n"
@@ -33,14 +33,17 @@ def samples() -> list[tuple[str, Path]]:
 
 
 def outcome(path: Path) -> str:
-    """The scan in a few words, or why there is none."""
+    """The scan, or the first of several, in a few words, or why there is none."""
     try:
-        scan = read(path)
+        found = list(scans(path))
     except SslmedError as error:
         return f"refused: {str(error).removeprefix(f'{path}: ')}"
-    shape = " x ".join(str(side) for side in scan.pixels.shape)
-    values = f"{scan.pixels.min():g} to {scan.pixels.max():g}{f' {scan.unit}' if scan.unit else ''}"
-    return f"{scan.kind} {shape} {scan.pixels.dtype}, {values}"
+    first = found[0]
+    shape = " x ".join(str(side) for side in first.pixels.shape)
+    ends = min(scan.pixels.min() for scan in found), max(scan.pixels.max() for scan in found)
+    values = f"{ends[0]:g} to {ends[1]:g}{f' {first.unit}' if first.unit else ''}"
+    kinds = first.kind if len(found) == 1 else f"{len(found)} {first.kind}s"
+    return f"{kinds} {shape} {first.pixels.dtype}, {values}"
 
 
 def family(path: Path) -> str:

@@ -55,7 +55,7 @@ def oracle(path: Path) -> np.ndarray:
         "SC_rgb_small_odd.dcm",
         "examples_rgb_color.dcm",
         "examples_jpeg2k.dcm",
-        "dicomdirtests/98892001/CT2N/6293",
+        "dicomdirtests/98892001/CT5N/2062",
         "dicomdirtests/98892003/MR1/4919",
     ],
 )
@@ -107,7 +107,10 @@ def test_ct_is_hounsfield_units_and_knows_its_place() -> None:
     assert scan.patient == header.PatientID
     assert f"'{header.PatientID}'" not in repr(scan)
     assert header.SeriesInstanceUID not in repr(scan)
-    assert scan.identity == ("PatientName", "PatientID", "InstitutionName")
+    assert scan.identity == (
+        *("PatientName", "PatientID", "OtherPatientIDsSequence", "StudyID", "InstitutionName", "StationName"),
+    )
+    assert (scan.orientation, scan.annotated) == ("LPS", None)
     assert scan.series == header.SeriesInstanceUID
 
 

@@ -10,7 +10,7 @@ import pytest
 import SimpleITK
 
 from sslmed.config import DataError
-from sslmed.data.readers import read
+from sslmed.data.readers import read, scans
 
 SAMPLES = Path(nibabel.__file__).parent / "tests" / "data"
 REAL = Path(__file__).parents[4] / "shared" / "data"
@@ -80,14 +80,15 @@ def _no_place(path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        (np.zeros((4, 5, 6, 2), np.int16), r"4 dimensions \(4 x 5 x 6 x 2\)"),
+        (np.zeros((4, 5, 6, 2), np.int16), "holds 2 volumes, and one is expected"),
+        (np.zeros((4, 5, 6, 2, 3), np.int16), r"5 dimensions \(4 x 5 x 6 x 2 x 3\)"),
         (np.zeros((4, 5), np.int16), "2 dimensions"),
         (np.full((2, 2, 2), np.nan, np.float32), "8 values that are NaN"),
         (np.full((2, 2, 2), np.inf), "8 values that are NaN"),
         (np.zeros((2, 2, 2), np.complex64), "holds complex64"),
         (np.full((2, 2, 2), 1e300), "beyond the range"),
     ],
-    ids=["4D", "2D", "nan", "inf", "complex", "huge"],
+    ids=["4D", "5D", "2D", "nan", "inf", "complex", "huge"],
 )
 def test_what_is_refused_is_refused_by_name(tmp_path: Path, values: np.ndarray, words: str) -> None:
     with pytest.raises(DataError, match=words):
@@ -96,6 +97,48 @@ def test_what_is_refused_is_refused_by_name(tmp_path: Path, values: np.ndarray, 
 
 def test_a_fourth_dimension_of_one_is_none(tmp_path: Path) -> None:
     assert read(save(tmp_path / "a.nii", VALUES[..., None])).pixels.shape == (6, 5, 4)
+
+
+@pytest.mark.parametrize("suffix", ["nii", "nii.gz"])
+@pytest.mark.parametrize("sides", [(4, 5, 6, 3), (4, 5, 6, 3, 1), (4, 5, 6, 3, 1, 1)])
+def test_volumes_come_one_after_another(tmp_path: Path, suffix: str, sides: tuple[int, ...]) -> None:
+    values = np.random.default_rng(1).integers(0, 60000, sides).astype(np.uint16)
+    path = save(tmp_path / f"a.{suffix}", values)
+    found = list(scans(path))
+    assert [scan.part for scan in found] == ["0", "1", "2"]
+    for number, scan in enumerate(found):
+        alone = read(save(tmp_path / "b.nii", values.reshape(4, 5, 6, 3)[..., number]))
+        assert (scan.kind, scan.pixels.dtype, scan.spacing, alone.part) == ("volume", np.uint16, alone.spacing, "")
+        np.testing.assert_array_equal(scan.pixels, alone.pixels)
+        np.testing.assert_array_equal(scan.affine, alone.affine)
+        assert scan.grid is not None
+        assert scan.grid.shape == (4, 5, 6)
+
+
+def test_a_volume_that_is_bad_is_an_error_midway(tmp_path: Path) -> None:
+    values = np.zeros((2, 2, 2, 3), np.float32)
+    values[0, 0, 0, 1] = np.nan
+    found = scans(save(tmp_path / "a.nii", values))
+    assert next(found).part == "0"
+    with pytest.raises(DataError, match=r"a\.nii: has 1 values that are NaN"):
+        next(found)
+
+
+def test_the_grid_is_what_the_header_says(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(VALUES, None)
+    image.header.set_qform(LPS, 1)
+    image.header.set_sform(np.diag([1.0, 2, 3, 1]), 2)
+    image.header.set_xyzt_units("mm", "sec")
+    nibabel.save(image, tmp_path / "a.nii")
+    scan = read(tmp_path / "a.nii")
+    assert scan.orientation == "RAS"  # of the sform, which counts before the qform
+    grid = scan.grid
+    assert grid is not None
+    assert (grid.shape, grid.turn.tolist()) == ((4, 5, 6), [[0, 1], [1, 1], [2, 1]])
+    # codes, units (mm is 2, s is 8), qfac and sides, half a turn about z, the offset, the rows of the sform
+    assert grid.fields[:13].tolist() == pytest.approx([1, 2, 10, 1, 2, 3, 4, 0, 0, 1, 7, 8, 9], abs=1e-6)
+    assert grid.fields[13:].tolist() == [1, 0, 0, 0, 0, 2, 0, 0, 0, 0, 3, 0]
+    assert read(save(tmp_path / "b.nii", VALUES)).orientation == "LPS"
 
 
 def test_no_geometry_and_flat_axes_are_refused(tmp_path: Path) -> None:

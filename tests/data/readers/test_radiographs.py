@@ -11,7 +11,8 @@ import pytest
 
 from sslmed.commands.ingest import ingest
 from sslmed.config import DataError
-from sslmed.data.modality import MODALITIES, accept_scan
+from sslmed.data.acceptance import accept_scan
+from sslmed.data.modality import MODALITIES
 from sslmed.data.readers import read
 from sslmed.data.store import Store
 
@@ -39,7 +40,7 @@ def test_a_folder_of_radiographs_becomes_a_store(tmp_path: Path, make: Make) -> 
     assert "p0" not in json.dumps(result.as_dict())
 
 
-@pytest.mark.parametrize("name", MODALITIES)
+@pytest.mark.parametrize("name", ["xray", "histology", "photo"])
 @pytest.mark.parametrize(
     ("pixels", "given", "words"),
     [

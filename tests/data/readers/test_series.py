@@ -4,14 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK
 
 from sslmed.config import DataError
-from sslmed.data.readers import group, read, read_series
+from sslmed.data.readers import group, is_dicom_file, read, read_series, series, series_of
 from sslmed.data.readers.planes import plane, stack, upright
 
 REAL = Path(__file__).parents[4] / "shared" / "data"
+SAMPLES = Path(pydicom.__file__).parent / "data" / "test_files"
 Slices = Callable[..., list[Path]]
 
 
@@ -24,12 +26,14 @@ def test_slices_are_sorted_by_position_and_placed(slices: Slices) -> None:
     np.testing.assert_allclose(scan.affine @ [0, 0, 0, 1], [10, -20, -1, 1])  # LPS to RAS
     np.testing.assert_allclose(scan.affine @ [2, 3, 4, 1], [10 - 4 * 0.25, -20 - 3 * 0.5, 4, 1])
     assert scan.position is None
+    assert [path.name for path in scan.slices] == ["1.dcm", "2.dcm", "0.dcm"]
+    assert scan.orientation == "LPS"
 
 
 def test_one_file_is_read_by_itself(slices: Slices) -> None:
     (path,) = slices([3.0])
     scan = read_series([path])
-    assert (scan.kind, scan.position) == ("image", 3.0)
+    assert (scan.kind, scan.position, scan.slices) == ("image", 3.0, ())
     np.testing.assert_array_equal(scan.pixels, read(path).pixels)
 
 
@@ -38,9 +42,72 @@ def test_files_are_grouped_by_series(slices: Slices, tmp_path: Path) -> None:
     kept = [Path(shutil.move(path, tmp_path / f"first{path.name}")) for path in first]
     second = slices([0.0], SeriesInstanceUID="1.2.4")
     assert group([kept[1], second[0], kept[0]]) == [[kept[1], kept[0]], second]
-    (tmp_path / "x.dcm").write_bytes(b"nothing")
-    with pytest.raises(DataError, match="is no DICOM"):
-        group([tmp_path / "x.dcm"])
+    (tmp_path / "x.dcm").write_bytes(kept[0].read_bytes()[:300])
+    with pytest.raises(DataError, match=r"x\.dcm: "):
+        group([kept[1], tmp_path / "x.dcm"])
+
+
+@pytest.mark.parametrize(
+    ("given", "series"),
+    [
+        ({}, "1.2.3"),
+        ({"Modality": "MR"}, "1.2.3"),
+        ({"SliceThickness": "5"}, "1.2.3 5.00"),
+        ({"SliceThickness": "5.000"}, "1.2.3 5.00"),  # the same, written otherwise
+        ({"SliceThickness": "2.5"}, "1.2.3 2.50"),  # another block of the same series
+        ({"Modality": "DX"}, None),  # two views of a chest are a series, but no volume
+        ({"SeriesInstanceUID": None}, None),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, None),
+        ({"ImageType": "LOCALIZER"}, None),
+        ({"NumberOfFrames": 2}, None),
+    ],
+)
+def test_series_of_names_the_series_of_slices_alone(slices: Slices, given: dict[str, Any], series: str | None) -> None:
+    (path,) = slices([0.0], **given)
+    assert series_of(path) == series
+    assert is_dicom_file(path)
+
+
+def test_series_of_other_files(tmp_path: Path) -> None:
+    (tmp_path / "a.dcm").write_bytes(b"nothing")
+    assert series_of(tmp_path / "a.dcm") is None
+    assert not is_dicom_file(tmp_path / "a.dcm")
+    with pytest.raises(DataError, match="cannot be read"):
+        series_of(tmp_path / "absent.dcm")
+    assert not is_dicom_file(tmp_path / "absent.dcm")
+    with pytest.raises(DataError, match="is a dose grid"):
+        series_of(SAMPLES / "rtdose.dcm")
+    with pytest.raises(DataError, match="is a DICOMDIR"):
+        series_of(SAMPLES / "dicomdirtests" / "DICOMDIR")
+
+
+def test_of_a_header_only_the_header_is_read(slices: Slices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = slices([0.0, 1.0, 2.0])
+    for path in paths:  # without its pixels a file is as good for its header
+        content = path.read_bytes()
+        path.write_bytes(content[: content.index(b"\xe0\x7f\x10\0") + 12])
+        assert series_of(path) == "1.2.3"
+    opened: list[Path] = []
+    whole = series.whole
+    monkeypatch.setattr(series, "whole", lambda path: opened.append(path) or whole(path))
+    paths = slices([0.0, 1.0, 3.0])
+    with pytest.raises(DataError, match="uneven gaps"):
+        read_series(paths)
+    assert opened == []
+    read_series(slices([0.0, 1.0, 2.0]))
+    assert sorted(opened) == sorted(paths)
+
+
+def test_a_deflated_header_is_inflated_under_the_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    content = (SAMPLES / "image_dfl.dcm").read_bytes()
+    assert series_of(SAMPLES / "image_dfl.dcm") is None  # no volume
+    monkeypatch.setattr("sslmed.data.readers.dicom._INFLATED_LIMIT", 2**17)
+    # A group length that lies cannot lead the check astray: what pydicom is about to inflate is what is checked.
+    for group_length in (content[140:144], b"\0\0\0\0", b"\xff\0\0\0"):
+        (tmp_path / "a.dcm").write_bytes(content[:140] + group_length + content[144:])
+        for way in (series_of, read):
+            with pytest.raises(DataError, match="inflates to more"):
+                way(tmp_path / "a.dcm")
 
 
 @pytest.mark.parametrize(
