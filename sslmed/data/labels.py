@@ -5,19 +5,19 @@ without such prefixes are named by the caller. One text column is a class, sever
 unlabelled.
 """
 
-import csv
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from sslmed.config import DataError, MissingInputError, UsageError
+from sslmed.config import DataError, UsageError
+from sslmed.data.csv_table import read_csv, some
 from sslmed.data.splits import SPLITS
 from sslmed.data.store_format import LabelColumn, MetaColumn
 
@@ -40,12 +40,24 @@ class LabelRow:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """A labels CSV: ``rows`` by path relative to the source (POSIX, NFC)."""
+    """A labels CSV: ``rows`` by path relative to the source (POSIX, NFC), of a file or of a folder.
+
+    ``absent`` are files that are named, but not among the names that were given to `read_labels`.
+    """
 
     rows: dict[str, LabelRow]
     labels: tuple[str, ...] = ()
     meta: tuple[str, ...] = ()
     warnings: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+
+    def row(self, name: str) -> LabelRow | None:
+        """What is said of a file, or else of the nearest folder that holds it; None when nothing is."""
+        if name in self.rows:
+            return self.rows[name]
+        return next(
+            (self.rows[str(folder)] for folder in PurePosixPath(name).parents if str(folder) in self.rows), None
+        )
 
 
 def relative_name(path: Path | str) -> str:
@@ -54,15 +66,22 @@ def relative_name(path: Path | str) -> str:
 
 
 def read_labels(
-    path: Path, source: Path, label_columns: Sequence[str] = (), *, need_patient: bool = True
+    path: Path,
+    source: Path,
+    label_columns: Sequence[str] = (),
+    *,
+    need_patient: bool = True,
+    names: Collection[str] | None = None,
 ) -> LabelTable:
     """Read a labels CSV.
 
     Args:
         path: the CSV, UTF-8 with or without BOM, separated by commas.
-        source: the folder of the images; cells of ``file`` are relative to it or to the CSV's folder.
+        source: the folder of the images; cells of ``file`` are relative to it or to the CSV's folder, and name a file
+            or a folder, which stands for all that is below it.
         label_columns: names of the label columns that have no ``label:`` prefix.
         need_patient: whether each row must name its patient.
+        names: of the files that there are, when the disk is not to be asked.
 
     Raises:
         MissingInputError: there is no such CSV.
@@ -72,20 +91,21 @@ def read_labels(
     header, lines = read_csv(path)
     if "file" not in header:
         raise DataError(
-            f"{path} has no column 'file'. Its columns: {_some(header, 12)}. Rename the one that holds the paths."
+            f"{path} has no column 'file'. Its columns: {some(header, 12)}. Rename the one that holds the paths."
         )
     if need_patient and "patient" not in header:
         raise DataError(
-            f"{path} has no column 'patient'. Its columns: {_some(header, 12)}.\n"
+            f"{path} has no column 'patient'. Its columns: {some(header, 12)}.\n"
             "Without patients the splits would leak: add the column, or give --patient REGEX to take it from the paths."
         )
     labels, meta, unused = _choose_columns(path, header, label_columns)
     table = LabelTable({}, labels=tuple(map(_bare, labels)), meta=tuple(map(_bare, meta)))
     if unused:
         table.warnings.append(
-            f"columns of {path.name} that were not used: {_some(unused, 12)} (labels: --label-columns NAME,NAME)"
+            f"columns of {path.name} that were not used: {some(unused, 12)} (labels: --label-columns NAME,NAME)"
         )
-    _fill(table, path, source, lines, [header.index(name) for name in (*labels, *meta)], header, need_patient)
+    places = _Places(path, source, None if names is None else frozenset(names))
+    _fill(table, places, lines, [header.index(name) for name in (*labels, *meta)], header, need_patient)
     return table
 
 
@@ -98,7 +118,7 @@ def read_split_file(path: Path) -> tuple[str, dict[str, str]]:
     header, lines = read_csv(path)
     by = "file" if "file" in header else "patient"
     if by not in header or "split" not in header:
-        raise DataError(f"{path} needs the columns 'split' and either 'file' or 'patient'; it has {_some(header, 12)}.")
+        raise DataError(f"{path} needs the columns 'split' and either 'file' or 'patient'; it has {some(header, 12)}.")
     splits: dict[str, str] = {}
     for line, cells in lines:
         name = cells[header.index(by)]
@@ -107,40 +127,6 @@ def read_split_file(path: Path) -> tuple[str, dict[str, str]]:
         if splits.setdefault(name, split) != split:
             raise DataError(f"{path}, line {line}: {by} {name!r} is in {splits[name]} and in {split}.")
     return by, splits
-
-
-def read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header and the (line number, cells) of a CSV, all stripped; blank lines are left out.
-
-    Raises:
-        MissingInputError: there is no such file.
-        DataError: not UTF-8, not separated by commas, a column twice, or a line with another number of cells.
-    """
-    if not path.is_file():
-        raise MissingInputError(f"no CSV at {path}.")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            lines = [
-                (reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(map(str.strip, cells))
-            ]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason}). Save it as 'CSV UTF-8'.") from error
-    except (csv.Error, OSError) as error:
-        raise DataError(f"{path} is not a CSV that can be read: {error}.") from error
-    if not lines:
-        raise DataError(f"{path} is empty. Its first line must name the columns: file, patient, label:NAME.")
-    header = lines[0][1]
-    if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
-        raise DataError(f"{path} separates its columns with {other!r}. Save it with commas.")
-    if twice := sorted({name for name in header if header.count(name) > 1}):
-        raise DataError(f"{path} has the column {twice[0]!r} more than once. Rename or remove one.")
-    for line, cells in lines[1:]:
-        if len(cells) != len(header):
-            raise DataError(
-                f"{path}, line {line}: {len(cells)} cells, but {len(header)} columns. Quote cells that hold commas."
-            )
-    return header, lines[1:]
 
 
 def encode_labels(name: str, values: Sequence[str]) -> tuple[LabelColumn, npt.NDArray[np.int16]]:
@@ -209,7 +195,7 @@ def _choose_columns(path: Path, header: list[str], named: Sequence[str]) -> tupl
     known |= {name: name for name in known.values()}
     if absent := [name for name in named if name not in known]:
         raise UsageError(
-            f"--label-columns: {path} has no label column {absent[0]!r}; it has {_some(sorted(set(known.values())))}."
+            f"--label-columns: {path} has no label column {absent[0]!r}; it has {some(sorted(set(known.values())))}."
         )
     labels = [name for name in header if name.startswith("label:") or name in {known[each] for each in named}]
     meta = [name for name in header if name.startswith("meta:") and name not in labels]
@@ -217,7 +203,7 @@ def _choose_columns(path: Path, header: list[str], named: Sequence[str]) -> tupl
         bare = [_bare(name) for name in group]
         if "" in bare or len(set(bare)) < len(bare):
             raise DataError(
-                f"{path}: each of the columns {_some(group)} needs a name of its own after 'label:' or 'meta:'."
+                f"{path}: each of the columns {some(group)} needs a name of its own after 'label:' or 'meta:'."
             )
     unused = [name for name in header if name not in ("file", "patient", "split", *labels, *meta)]
     return labels, meta, unused
@@ -225,14 +211,13 @@ def _choose_columns(path: Path, header: list[str], named: Sequence[str]) -> tupl
 
 def _fill(
     table: LabelTable,
-    path: Path,
-    source: Path,
+    places: "_Places",
     lines: list[tuple[int, list[str]]],
     columns: list[int],
     header: list[str],
     need_patient: bool,
 ) -> None:
-    bases = [str(source.absolute()), str(path.parent.absolute())]
+    path, source = places.path, places.source
     file, patient, split = (header.index(name) if name in header else None for name in ("file", "patient", "split"))
     absent, outside, repeated = [], 0, 0
     for line, cells in lines:
@@ -242,7 +227,7 @@ def _fill(
                 f"{path}, line {line}: the patient of {cells[file or 0]!r} is blank. Name it, or give --patient REGEX."
             )
         side = _split(path, line, cells[split]) if split is not None else ""
-        name = _locate(path, line, cells[file or 0], bases)
+        name = places.locate(line, cells[file or 0])
         if name is None:
             absent.append(cells[file or 0])
             continue
@@ -256,9 +241,11 @@ def _fill(
             raise DataError(
                 f"{path}: lines {before.line} and {line} say different things of {name!r}. Keep one of them."
             )
-    if absent:
+    if absent and places.names is not None:
+        table.absent.extend(absent)
+    elif absent:
         raise DataError(
-            f"{path} names {len(absent)} file{'s' * (len(absent) > 1)} that do not exist: {_some(absent)}.\n"
+            f"{path} names {len(absent)} file{'s' * (len(absent) > 1)} that do not exist: {some(absent)}.\n"
             f"Paths are relative to {source} or to the CSV's folder. Mend the paths, or remove these rows."
         )
     if outside:
@@ -267,28 +254,43 @@ def _fill(
         table.warnings.append(f"{repeated} rows of {path.name} repeat another row")
 
 
-def _locate(path: Path, line: int, cell: str, bases: list[str]) -> str | None:
-    """The cell's file relative to the first base (the source), or None when it does not exist."""
-    if not cell:
-        raise DataError(f"{path}, line {line}: the file is blank.")
-    if "\0" in cell:
-        raise DataError(f"{path}, line {line}: the file holds a NUL character.")
-    inside = False
-    for written in dict.fromkeys(
-        (cell, unicodedata.normalize("NFC", cell), unicodedata.normalize("NFD", cell), cell.replace("\\", "/"))
-    ):
-        for base in bases:
-            full = Path(os.path.normpath(Path(base, written)))  # not resolved: links inside the source are the user's
-            if not any(full.is_relative_to(os.path.normpath(each)) for each in bases):
-                continue
-            inside = True
-            if full.is_file():
-                return relative_name(os.path.relpath(full, bases[0]))
-    if not inside:
-        raise DataError(
-            f"{path}, line {line}: {cell!r} leads out of {bases[0]}. Use paths relative to it or to the CSV's folder."
-        )
-    return None
+class _Places:
+    """Finds the files that the cells of a CSV name; see `read_labels`."""
+
+    def __init__(self, path: Path, source: Path, names: frozenset[str] | None) -> None:
+        self.path, self.source, self.names = path, source, names
+        self._bases = [str(source.absolute()), str(path.parent.absolute())]
+        self._folders = {str(folder) for name in names or () for folder in PurePosixPath(name).parents}
+
+    def locate(self, line: int, cell: str) -> str | None:
+        """The cell's file or folder relative to the source, or None when it does not exist."""
+        if not cell:
+            raise DataError(f"{self.path}, line {line}: the file is blank.")
+        if "\0" in cell:
+            raise DataError(f"{self.path}, line {line}: the file holds a NUL character.")
+        inside = False
+        for written in dict.fromkeys(
+            (cell, unicodedata.normalize("NFC", cell), unicodedata.normalize("NFD", cell), cell.replace("\\", "/"))
+        ):
+            for base in self._bases:
+                full = Path(os.path.normpath(Path(base, written)))  # not resolved: links in the source are the user's
+                if not any(full.is_relative_to(os.path.normpath(each)) for each in self._bases):
+                    continue
+                inside = True
+                name = relative_name(os.path.relpath(full, self._bases[0]))
+                if self._exists(full, name):
+                    return name
+        if not inside:
+            raise DataError(
+                f"{self.path}, line {line}: {cell!r} leads out of {self._bases[0]}. "
+                "Use paths relative to it or to the CSV's folder."
+            )
+        return None
+
+    def _exists(self, full: Path, name: str) -> bool:
+        if self.names is not None:
+            return name in self.names or name in self._folders
+        return full.is_file() or full.is_dir()
 
 
 def _split(path: Path, line: int, cell: str) -> str:
@@ -299,8 +301,3 @@ def _split(path: Path, line: int, cell: str) -> str:
 
 def _bare(column: str) -> str:
     return column.removeprefix("label:").removeprefix("meta:").strip()
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    shown = ", ".join(repr(name) if len(name) <= 80 else repr(name[:77] + "...") for name in names[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

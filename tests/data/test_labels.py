@@ -180,3 +180,24 @@ def test_class_folders() -> None:
     assert class_folders(["train/1.png", "train/2.png", "test/1.png", "Val/2.png"]) is None
     assert class_folders([f"p{n}/1.png" for n in range(10)]) is None  # rather patients than classes
     assert class_folders([f"{n % 101}/{n}.png" for n in range(404)]) is None  # more than 100
+
+
+def test_a_folder_stands_for_all_that_is_below_it(source: Path) -> None:
+    read = table(source, "file,patient,label:x\nsub,P1,whole\nsub/c.png,P1,own\na.png,P2,other\n")
+    assert list(read.rows) == ["sub", "sub/c.png", "a.png"]
+    found = {name: row.values for name in ("sub/c.png", "sub/d/e.dcm", "a.png") if (row := read.row(name))}
+    assert found == {"sub/c.png": ("own",), "sub/d/e.dcm": ("whole",), "a.png": ("other",)}
+    assert read.row("b.png") is None
+    whole = table(source, "file,patient,label:x\n.,P1,all\nb.png,P2,one\n").row("sub/c.png")
+    assert whole is not None
+    assert whole.values == ("all",)
+
+
+def test_names_in_the_place_of_files(source: Path) -> None:
+    names = {"a.png", "gone/d.png", unicodedata.normalize("NFC", "é.png")}
+    text = f"file,label:x\ngone/d.png,1\nimages/a.png,2\n{unicodedata.normalize('NFD', 'é.png')},3\ngone,4\nb.png,5\n"
+    read = table(source, text, need_patient=False, names=names)
+    assert list(read.rows) == ["gone/d.png", "a.png", unicodedata.normalize("NFC", "é.png"), "gone"]
+    assert read.absent == ["b.png"]  # it is on the disk, but was not named
+    with pytest.raises(DataError, match="leads out of"):
+        table(source, "file,label:x\n../../x,1\n", need_patient=False, names=names)
