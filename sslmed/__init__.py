@@ -5,16 +5,31 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sslmed.artifact import load_backbone
+    from sslmed.commands.check import check
     from sslmed.commands.demo import demo
     from sslmed.commands.evaluate import evaluate
     from sslmed.commands.finetune import finetune
     from sslmed.commands.ingest import ingest
+    from sslmed.commands.label import label
     from sslmed.commands.predict import predict
     from sslmed.commands.pretrain import pretrain
+    from sslmed.commands.preview import preview
     from sslmed.commands.verify import verify
 
 __version__ = "0.1.0"
-__all__ = ["demo", "evaluate", "finetune", "ingest", "load_backbone", "predict", "pretrain", "verify"]
+__all__ = [
+    "check",
+    "demo",
+    "evaluate",
+    "finetune",
+    "ingest",
+    "label",
+    "load_backbone",
+    "predict",
+    "pretrain",
+    "preview",
+    "verify",
+]
 
 _HOME = {name: f"sslmed.commands.{name}" for name in __all__} | {"load_backbone": "sslmed.artifact"}
 

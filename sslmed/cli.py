@@ -1,11 +1,9 @@
 """The command line. A verb imports its command when it is called, so that help and listings need no torch."""
 
-import errno
 import json
 import math
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,16 +11,10 @@ from typing import Annotated, Any, Protocol, cast
 
 import typer
 
-from sslmed import __version__
-from sslmed.config import DiskError, MissingDependencyError, SslmedError, UsageError
+from sslmed import __version__, endings
+from sslmed.config import DataError, UsageError
 
-MOST_LINES = 6  # of an error
-DISK_ERRORS = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO),
-    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
-)
 CommandLineError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])  # click's, or this typer's own copy
-DISTRIBUTIONS = {"cv2": "opencv-python-headless", "sklearn": "scikit-learn", "yaml": "PyYAML"}
 
 app = typer.Typer(
     name="sslmed",
@@ -46,6 +38,15 @@ Overrides = Annotated[
 Model = Annotated[Path, typer.Argument(metavar="RUN|ARTIFACT", help="A finished run or an artifact.")]
 Data = Annotated[Path, typer.Option("--data", metavar="STORE", help="The store that sslmed ingest made.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")]
+Labels = Annotated[
+    Path | None, typer.Option(metavar="CSV", help="Columns file, patient, perhaps split, and label:NAME.")
+]
+LabelColumns = Annotated[
+    str, typer.Option(metavar="A,B", help="The label columns of a CSV that does not use the prefix label:.")
+]
+Masks = Annotated[Path | None, typer.Option(metavar="DIR", help="Masks called like their images: PNG, NIfTI.")]
+MaskClasses = Annotated[str, typer.Option(metavar="A,B", help="Names of the masks' values 0, 1, ...")]
+Boxes = Annotated[Path | None, typer.Option(metavar="DIR|JSON", help="Boxes: Pascal VOC folder, or COCO JSON.")]
 Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that read images; 0 reads in this one.")]
 
 
@@ -73,30 +74,14 @@ def run(arguments: Sequence[str]) -> int:
     _quiet()
     try:
         code = int(typer.main.get_command(app).main(list(arguments), prog_name="sslmed", standalone_mode=False) or 0)
-        return _fail("interrupted", 130) if code == 130 else code  # typer itself catches a Ctrl-C, without a word
     except CommandLineError as error:
         error.show()
         return error.exit_code
-    except (typer.Abort, KeyboardInterrupt):
-        return _fail("interrupted", 130)
-    except SslmedError as error:
-        return _fail(str(error), error.exit_code)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").split(".")[0]
-        if package in ("", "sslmed"):
-            return _bug()
-        missing = DISTRIBUTIONS.get(package, package)
-        return _fail(
-            f"this needs {missing}, which is not installed: python -m pip install {missing}",
-            MissingDependencyError.exit_code,
-        )
-    except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:
-        return _fail(f"cannot write: {error}", DiskError.exit_code) if error.errno in DISK_ERRORS else _bug()
-    except Exception:
-        return _bug()
+    except typer.Abort:
+        return endings.interrupted()
+    except (Exception, KeyboardInterrupt) as error:
+        return endings.of(error)
+    return endings.interrupted() if code == 130 else code  # typer itself catches a Ctrl-C, without a word
 
 
 def _quiet() -> None:
@@ -105,17 +90,6 @@ def _quiet() -> None:
         warnings.simplefilter("ignore")
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-
-def _fail(message: str, code: int) -> int:
-    print("\n".join(f"error: {message}".splitlines()[:MOST_LINES]), file=sys.stderr)
-    return code
-
-
-def _bug() -> int:
-    traceback.print_exc()
-    print(f"error: this is a bug in sslmed {__version__}; please report it with the lines above", file=sys.stderr)
-    return SslmedError.exit_code
 
 
 def _show(result: Result, as_json: bool) -> None:
@@ -143,6 +117,11 @@ def _size(text: str) -> int | tuple[int, int]:
     if len(parts) > 2 or not all(part.isdecimal() for part in parts):
         raise UsageError(f"--size is '{text}'; allowed: 96 for a square, or height x width such as 96x128, in pixels")
     return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def _words(text: str) -> list[str]:
+    """What commas part."""
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _version(wanted: bool) -> None:
@@ -174,16 +153,17 @@ def demo(
 @app.command()
 def ingest(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A folder of images, or one image.")],
-    out: Annotated[Path, typer.Option("--out", metavar="STORE", help="The store to make.")],
     modality: Annotated[
-        str, typer.Option("--modality", metavar="M", help="What kind of image: xray, histology or photo.")
+        str, typer.Option("--modality", metavar="M", help="ct, mri, xray, histology, ultrasound or photo.")
     ],
-    labels: Annotated[
-        Path | None, typer.Option(metavar="CSV", help="Columns file, patient, perhaps split, and label:NAME.")
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="STORE", help="The store to make.", show_default=False)
     ] = None,
-    label_columns: Annotated[
-        str, typer.Option(metavar="A,B", help="The label columns of a CSV that does not use the prefix label:.")
-    ] = "",
+    labels: Labels = None,
+    label_columns: LabelColumns = "",
+    masks: Masks = None,
+    mask_classes: MaskClasses = "",
+    boxes: Boxes = None,
     patient: Annotated[
         str | None,
         typer.Option(metavar="REGEX", help="Finds the patient in a file's path: first group, or whole match."),
@@ -198,26 +178,88 @@ def ingest(
     size: Annotated[
         int | None, typer.Option(metavar="N", help="Shrink images whose shorter side is longer, pixels.")
     ] = None,
+    resample_tilt: Annotated[
+        bool, typer.Option("--resample-tilt", help="Read CT with a tilted gantry, its slices sheared back.")
+    ] = False,
     workers: Workers = 0,
+    check: Annotated[
+        bool, typer.Option("--check", help="Read everything, write nothing, list what is wrong; 65 on errors.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Turn a folder of images into a checked store, split by patient."""
-    from sslmed.commands.ingest import ingest as command
+    named: dict[str, Any] = {
+        "modality": modality,
+        "labels": labels,
+        "label_columns": _words(label_columns),
+        "masks": masks,
+        "mask_classes": _words(mask_classes),
+        "boxes": boxes,
+        "patient": patient,
+        "split": split,
+        "resample_tilt": resample_tilt,
+        "workers": workers,
+    }
+    if check:
+        _check(source, named, as_json)
+    elif out is None:
+        raise UsageError("ingest needs --out STORE, the store to make; with --check it writes nothing")
+    else:
+        from sslmed.commands.ingest import ingest as command
 
-    columns = [name.strip() for name in label_columns.split(",") if name.strip()]
+        _show(command(source, out, key=key, size=size, **named), as_json)
+
+
+def _check(source: Path, named: dict[str, Any], as_json: bool) -> None:
+    from sslmed.commands.check import check as command
+
+    found = command(source, **named)
+    _show(found, as_json)
+    if found.errors:
+        raise typer.Exit(DataError.exit_code)
+
+
+@app.command()
+def label(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="The store that gets them.")],
+    labels: Labels = None,
+    label_columns: LabelColumns = "",
+    masks: Masks = None,
+    mask_classes: MaskClasses = "",
+    boxes: Boxes = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Let them take the place of others.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Add labels, masks or boxes to a store; its pixels stay as they are."""
+    from sslmed.commands.label import label as command
+
     result = command(
-        source,
-        out,
-        modality=modality,
+        store,
         labels=labels,
-        label_columns=columns,
-        patient=patient,
-        split=split,
-        key=key,
-        size=size,
-        workers=workers,
+        label_columns=_words(label_columns),
+        masks=masks,
+        mask_classes=_words(mask_classes),
+        boxes=boxes,
+        replace=replace,
     )
     _show(result, as_json)
+
+
+@app.command()
+def preview(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="The store to look at.")],
+    recipe: Annotated[str | None, typer.Option(metavar="RECIPE", help="Whose views to show.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="By default STORE-preview.", show_default=False)
+    ] = None,
+    count: Annotated[int, typer.Option(metavar="N", help="How many images.")] = 6,
+    seed: Annotated[int, typer.Option(help="Which images.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Draw raw, normalised and augmented images, masks and boxes as PNG."""
+    from sslmed.commands.preview import preview as command
+
+    _show(command(store, recipe=recipe, out=out, count=count, seed=seed), as_json)
 
 
 @app.command()

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from sslmed import artifact, cli
+from sslmed.data.modality import MODALITIES, in_words
 from sslmed.data.store import Store
 from sslmed.data.writers import write_image
 from sslmed.methods.simclr import SimCLR
@@ -82,7 +83,7 @@ def model(phantom_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Pat
         num_features=backbone.num_features,
         size=32,
         modality="xray",
-        normalisation="",
+        normalisation=in_words(MODALITIES["xray"]),
         method={"name": "none"},
         recipe={},
         data=artifact.describe(phantom_store, phantom_store.rows("train")),
@@ -139,7 +140,7 @@ def test_a_truncated_png_among_good_ones_is_skipped_and_listed(
     shown = json.loads(capsys.readouterr().out)
     assert (shown["images"], len(Store(tmp_path / "store"))) == (7, 7)
     report = json.loads((tmp_path / "store.private" / "data_report.json").read_text())
-    assert report["skipped"] == shown["skipped"] == [{"file": "3.png", "reason": "is a truncated PNG"}]
+    assert report["skipped"] == shown["skipped"] == [{"file": "3.png", "reason": "is a truncated PNG", "files": 1}]
     assert cli.run(["predict", str(model), str(images), "--out", str(tmp_path / "out")]) == 0
     assert "3.png: is a truncated PNG" in capsys.readouterr().out
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import sslmed
-from sslmed import cli, config
+from sslmed import cli, config, endings
 from sslmed.commands import recipes, verify
 from sslmed.config import SslmedError, UsageError
 
@@ -77,7 +77,7 @@ def test_wrong_usage_is_2_in_few_lines(line: str, capsys: pytest.CaptureFixture[
     assert shown.out == ""
     assert "Traceback" not in shown.err
     helps = line in ("", "recipes")  # a group by itself shows its help
-    assert helps or 1 <= len(shown.err.splitlines()) <= cli.MOST_LINES
+    assert helps or 1 <= len(shown.err.splitlines()) <= endings.MOST_LINES
 
 
 def test_recipes_ls(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +161,7 @@ def test_exit_codes(
     assert shown.out == ""
     lines = shown.err.strip().splitlines()
     assert lines[0].startswith("error: ")
-    assert len(lines) <= cli.MOST_LINES
+    assert len(lines) <= endings.MOST_LINES
     if isinstance(error, SslmedError):
         assert lines[0] == f"error: {str(error).splitlines()[0]}"
 

@@ -1,54 +1,55 @@
 """``sslmed ingest``: a folder of images becomes a checked, patient-aware store."""
 
-import csv
+import hashlib
 import json
-import os
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
-from itertools import islice
-from multiprocessing import get_context
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from sslmed.config import DataError, TemporaryError, UsageError
+from sslmed import __version__
+from sslmed.config import DataError, UsageError
 from sslmed.console import command, progress
-from sslmed.data import splits
-from sslmed.data.catalogue import Catalogue, Entry, Skipped, base_folder, catalogue, given_splits, patient_pattern
+from sslmed.data import private, splits
+from sslmed.data.annotating import Problem, Report, Sources
+from sslmed.data.catalogue import Catalogue, Row, Skipped, base_folder, catalogue, given_splits, patient_pattern
 from sslmed.data.identity import SiteKey, load_or_make_key
-from sslmed.data.labels import encode_labels, encode_meta, read_labels
-from sslmed.data.modality import accept_scan, named
-from sslmed.data.readers import read
-from sslmed.data.store_format import LabelColumn, MetaColumn
+from sslmed.data.kept import SMALLEST, Keep
+from sslmed.data.known import Labelled, columns, rows_of
+from sslmed.data.labels import read_labels, read_split_file
+from sslmed.data.modality import Modality, named, policy_record
+from sslmed.data.reading import Pool, Read, Refused, Unit, pool, read_all, units
+from sslmed.data.store_tables import NewScan
 from sslmed.data.store_writer import SHARD_BYTES, StoreWriter, disk_errors, refuse_existing
-from sslmed.data.views import shrink
-from sslmed.data.workers import follow
-from sslmed.durable import write_atomically
-
-_SMALLEST = 16  # pixels of the shorter side
-_BATCH = 8  # files a task of a worker
 
 
 @dataclass(frozen=True)
 class IngestResult:
     """What `ingest` made.
 
-    ``splits`` counts images and patients by split, ``labels`` images by label and class. ``skipped`` has every file
-    that is not in the store, with the reason; ``next`` is the command to go on with.
+    ``scans`` are images, volumes and clips, ``images`` counts every slice and frame. ``splits`` counts images and
+    patients by split, ``labels`` images by label and class; ``masks`` and ``boxes`` are images that have some,
+    ``problems`` what of them was left out, ``attached`` the same in words. ``skipped`` has every file that is not in
+    the store, with the reason; ``next`` is the command to go on with.
     """
 
     path: Path
     private: Path
     key: Path
+    scans: int
     images: int
     patients: int
     splits: dict[str, dict[str, int]]
     labels: dict[str, dict[str, int]]
+    masks: int
+    boxes: int
+    problems: tuple[Problem, ...]
+    attached: tuple[str, ...]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -60,10 +61,12 @@ class IngestResult:
 
     def lines(self) -> list[str]:
         """The same for people, a line each."""
-        lines = [f"{self.images} images of {self.patients} patients in {self.path}"]
+        scans = f" ({self.scans} scans)" if self.scans < self.images else ""
+        lines = [f"{self.images} images{scans} of {self.patients} patients in {self.path}"]
         lines += [f"  {split}: {n['images']} images, {n['patients']} patients" for split, n in self.splits.items()]
         for label, classes in self.labels.items():
             lines.append(f"  label {label}: " + ", ".join(f"{name} {count}" for name, count in classes.items()))
+        lines += [f"  {line}" for line in self.attached]
         reasons = Counter(skipped.reason for skipped in self.skipped)
         if self.skipped:
             lines.append(f"skipped {len(self.skipped)} files; all are listed in {self.private / 'data_report.json'}")
@@ -83,16 +86,21 @@ def ingest(
     modality: str,
     labels: Path | str | None = None,
     label_columns: Sequence[str] = (),
+    masks: Path | str | None = None,
+    mask_classes: Sequence[str] = (),
+    boxes: Path | str | None = None,
     patient: str | None = None,
     split: Path | str | None = None,
     key: Path | str | None = None,
     size: int | None = None,
+    resample_tilt: bool = False,
     workers: int = 0,
     shard_bytes: int = SHARD_BYTES,
 ) -> IngestResult:
     """Read every image under ``source`` and write the store ``out``; report and key table go to ``OUT.private``.
 
-    The store is the same whatever ``workers`` is; it appears whole at the end or not at all.
+    The store is the same whatever ``workers`` is; it appears whole at the end or not at all. An ingest that was killed
+    goes on where it stopped when it is given again, with other labels if need be.
 
     Args:
         source: a folder of images, or one image.
@@ -100,10 +108,14 @@ def ingest(
         modality: what kind of image, such as ``xray``.
         labels: CSV with ``file``, ``patient`` and perhaps ``split``, ``label:NAME``, ``meta:NAME``; else class folders.
         label_columns: the label columns of a CSV that does not use the prefix.
+        masks: folder of masks that are called like their images.
+        mask_classes: names of the values 0, 1, ... of the masks.
+        boxes: COCO JSON, or a folder of Pascal VOC XML files.
         patient: regular expression for the patient in a path relative to ``source``: first group, or whole match.
         split: CSV with ``split`` and ``file`` or ``patient``; else the ``split`` column, else 70/10/20 by patient.
         key: the site key that hides the patients; by default ``site.key`` beside the store, made when absent.
         size: shrink images whose shorter side is longer than this many pixels; by default they stay as they are.
+        resample_tilt: read CT with a tilted gantry, its slices sheared back by interpolation.
         workers: processes that read images beside this one.
         shard_bytes: greatest size of one shard file, before compression.
 
@@ -111,54 +123,69 @@ def ingest(
         UsageError, MissingInputError, DataError, OutputExistsError, DiskError, TemporaryError.
     """
     source, out = Path(source), Path(out)
-    labels, split = (Path(given) if given is not None else None for given in (labels, split))
+    labels, split, masks, boxes = (
+        Path(given) if given is not None else None for given in (labels, split, masks, boxes)
+    )
     policy, pattern = named(modality), patient_pattern(patient)
     _check_numbers(size, workers)
     if label_columns and labels is None:
         raise UsageError("--label-columns names columns of a CSV: give --labels CSV too.")
     refuse_existing(out)
-    found = _catalogue(source, labels, label_columns, pattern, split)
+    if split is not None:
+        read_split_file(split)  # a mistake in it is told before hours of reading
+    drawn = Sources(masks, tuple(mask_classes), boxes)
+    drawn.check()  # likewise
+    found = _catalogue(source, labels, label_columns, pattern, [split] if split else [], drawn.paths)
     key_path = Path(key) if key is not None else out.parent / "site.key"
     site_key = _site_key(key_path, found)
-    load = _Load(policy.name, size, site_key)
-    with StoreWriter(out, modality=policy.name, key_id=site_key.id, shard_bytes=shard_bytes) as writer:
-        rows: list[Entry] = []
-        for entry, image in progress(_loaded(load, found.entries, workers), len(found.entries), "ingest"):
-            if isinstance(image, str):
-                found.skipped.append(Skipped(entry.name, image))
-                continue
-            pseudonym = site_key.patient(entry.patient)
-            writer.add(image.pixels, patient=pseudonym, low=image.low, high=image.high, content=image.content)
-            rows.append(entry)
-        if not rows:
-            raise DataError(_all_bad(source, found))
-        label_columns_read, meta_columns_read = _columns(found, rows)
-        sides = _sides(found, rows, writer, label_columns_read, split)
-        _warn_of_twins(found, writer.column("content"))
-        result = _result(out, key_path, found, writer, sides, label_columns_read)
-        _write_private(result, source, rows, writer.column("patient"))
-        digest = splits.digest(writer.column("patient"), sides)
-        writer.finish(split=sides, split_digest=digest, labels=label_columns_read, meta=meta_columns_read)
+    beside = private.folder_of(out)
+    read = Read(policy.name, Keep(policy.name, size, site_key), resample_tilt)
+    with pool(workers) as processes:
+        wanted = _units(found, policy, processes)
+        writer = StoreWriter(
+            out,
+            modality=policy.name,
+            key_id=site_key.id,
+            policy=policy_record(policy),
+            shard_bytes=shard_bytes,
+            progress=beside / private.PROGRESS,
+            plan=_plan(wanted, found, read, shard_bytes),
+        )
+        with writer:
+            _fill(writer, read, wanted, processes, found)
+            if not len(writer):
+                raise DataError(_all_bad(source, found))
+            rows, told = rows_of(found, writer, wanted)
+            patients = np.array([site_key.patient(row.patient).encode() for row in rows], "S32")
+            labelled, described = columns(found, rows, told, writer)
+            sides = _sides(found, rows, patients, writer.column("content"), labelled, split)
+            _warn_of_twins(found, writer.column("content")[writer.scans("first")])
+            digest = splits.digest(patients, sides)
+            with writer.finish(patients=patients, split=sides, split_digest=digest) as folder:
+                names, parts = [row.name for row in rows], [row.part for row in rows]
+                report = drawn.attach(folder, names, parts=parts, labels=labelled, meta=described)
+                result = _result(out, key_path, found, writer, patients, sides, labelled, report)
+                private.make(beside)
+                private.write_report(beside, {"source": str(source.absolute()), **result.as_dict()})
+                private.write_key_table(beside, rows, patients, writer.column("slice"))
     return result
 
 
 # The steps, in their order.
 
-Labelled = list[tuple[LabelColumn, npt.NDArray[np.int16]]]
-Described = list[tuple[MetaColumn, npt.NDArray[Any]]]
-
 
 def _check_numbers(size: int | None, workers: int) -> None:
-    if size is not None and size < _SMALLEST:
-        raise UsageError(f"--size {size}: the shorter side needs at least {_SMALLEST} pixels.")
+    if size is not None and size < SMALLEST:
+        raise UsageError(f"--size {size}: the shorter side needs at least {SMALLEST} pixels.")
     if workers < 0:
         raise UsageError(f"--workers {workers}: give 0 or more processes.")
 
 
 def _catalogue(
-    source: Path, labels: Path | None, label_columns: Sequence[str], pattern: Any, split: Path | None
+    source: Path, labels: Path | None, label_columns: Sequence[str], pattern: Any, *others: Sequence[Path]
 ) -> Catalogue:
-    ignore = [path for path in (labels, split) if path is not None]
+    """``others`` are files and folders that hold no images."""
+    ignore = [*chain(*others), *([labels] if labels is not None else [])]
     if labels is None:
         return catalogue(source, None, pattern, ignore)
     if not source.exists():
@@ -177,89 +204,66 @@ def _site_key(path: Path, found: Catalogue) -> SiteKey:
     return load_or_make_key(path)
 
 
-@dataclass(frozen=True)
-class _Image:
-    pixels: npt.NDArray[Any]
-    low: float
-    high: float
-    content: str
+def _units(found: Catalogue, policy: Modality, processes: Pool) -> list[Unit]:
+    wanted, bad = units(found.files, policy, processes)
+    found.skipped += [Skipped(found.name(path), reason) for path, reason in bad]
+    return wanted
 
 
-@dataclass(frozen=True)
-class _Load:
-    """Reads one file into what the store keeps; a string says why it cannot be used."""
-
-    modality: str
-    size: int | None
-    key: SiteKey
-
-    def __call__(self, path: Path) -> _Image | str:
-        policy = named(self.modality)
-        try:
-            pixels = accept_scan(policy, read(path))
-        except DataError as error:
-            return str(error).removeprefix(f"{path}: ")
-        # Both of the image as it came: stores of other sizes know it again, and predict finds the same range.
-        content = self.key.content(pixels)
-        low, high = policy.intensity_range(pixels)
-        if self.size is not None:
-            pixels = shrink(pixels, self.size)
-        return _Image(pixels, low, high, content)
-
-    def many(self, paths: Sequence[Path]) -> list[_Image | str]:
-        return [self(path) for path in paths]
+def _plan(wanted: Sequence[Unit], found: Catalogue, read: Read[NewScan], shard_bytes: int) -> str:
+    """The digest of everything that decides which pixels are added, and in which order."""
+    keep = read.make
+    about = [__version__, policy_record(named(read.modality)), keep.size, keep.key.id, read.resample_tilt, shard_bytes]  # type: ignore[attr-defined]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for unit in wanted:
+        for path in unit.paths:
+            facts = path.stat()
+            digest.update(
+                f"{found.name(path)}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
+            )
+        digest.update(b"\n")
+    return digest.hexdigest()
 
 
-def _loaded(load: _Load, entries: Sequence[Entry], workers: int) -> Iterator[tuple[Entry, _Image | str]]:
-    """Each entry with its image, in order; with workers, a few batches ahead of the writer and no more."""
-    if workers == 0:
-        for entry in entries:
-            yield entry, load(entry.path)
-        return
-    # Not fork: the parent has threads (BLAS, progress bar) whose locks a forked child would inherit held.
-    with ProcessPoolExecutor(workers, get_context("forkserver"), initializer=follow, initargs=(os.getpid(),)) as pool:
-        batches = (entries[start : start + _BATCH] for start in range(0, len(entries), _BATCH))
-        tasks = ((batch, pool.submit(load.many, [entry.path for entry in batch])) for batch in batches)
-        waiting: deque[tuple[Sequence[Entry], Future[list[_Image | str]]]] = deque(islice(tasks, 2 * workers))
-        try:
-            while waiting:
-                batch, task = waiting.popleft()
-                yield from zip(batch, task.result(), strict=True)
-                waiting.extend(islice(tasks, 1))
-        except BrokenProcessPool as error:
-            raise TemporaryError(
-                "a reading process died: for want of memory, or of `if __name__ == '__main__':` in your script. "
-                "Try again with fewer --workers, or with 0."
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+def _fill(writer: StoreWriter, read: Read[NewScan], wanted: Sequence[Unit], processes: Pool, found: Catalogue) -> None:
+    """Add every scan, after those that an interrupted ingest had added."""
+    start, ahead = 0, 0
+    if writer.notes:
+        units_added = [note[0] for note in writer.notes]
+        start = units_added[-1]
+        ahead = units_added.count(start)  # scans of that unit that are there already
+        writer.skips[:] = [skip for skip in writer.skips if skip[0] < start]
+        found.notes.append(f"went on after {start} of {len(wanted)} files or series that were read before")
+    made = read_all(read, wanted, processes, start)
+    for number, scan in progress(made, len(wanted) - start, "ingest"):
+        if isinstance(scan, Refused):
+            writer.skip([number, scan.reason])
+        elif number == start and ahead:
+            ahead -= 1
+        else:
+            writer.add(replace(scan, note=[number, *scan.note[1:]]))
+    writer.complete()
+    found.skipped += [
+        Skipped(found.name(wanted[number].paths[0]), reason, len(wanted[number].paths))
+        for number, reason in writer.skips
+    ]
 
 
 def _all_bad(source: Path, found: Catalogue) -> str:
-    tried = {entry.name for entry in found.entries}
+    tried = {found.name(path) for path in found.files}
     reasons = [f"  {skipped.file}: {skipped.reason}" for skipped in found.skipped if skipped.file in tried]
     more = [f"  and {len(reasons) - 3} more"] if len(reasons) > 3 else []
-    return "\n".join([f"none of the {len(found.entries)} images in {source} can be used:", *reasons[:3], *more])
-
-
-def _columns(found: Catalogue, rows: Sequence[Entry]) -> tuple[Labelled, Described]:
-    cells = list(zip(*(row.values for row in rows), strict=True))
-    labels = [encode_labels(name, values) for name, values in zip(found.labels, cells, strict=False)]
-    meta = [encode_meta(name, values) for name, values in zip(found.meta, cells[len(labels) :], strict=True)]
-    for column, numbers in labels:
-        if not (numbers >= 0).any():
-            found.warnings.append(f"label {column.name!r} is blank for every image")
-        elif len(np.unique(numbers[numbers >= 0])) == 1:
-            found.warnings.append(f"label {column.name!r} has one class only, {column.classes[int(numbers.max())]!r}")
-        elif len(column.classes) > max(20, (numbers >= 0).sum() // 2):
-            found.warnings.append(f"label {column.name!r} has {len(column.classes)} classes: is it really a class?")
-    return labels, meta
+    return "\n".join([f"none of the {len(found.files)} images in {source} can be used:", *reasons[:3], *more])
 
 
 def _sides(
-    found: Catalogue, rows: Sequence[Entry], writer: StoreWriter, labels: Labelled, file: Path | None
+    found: Catalogue,
+    rows: Sequence[Row],
+    patients: npt.NDArray[np.bytes_],
+    contents: npt.NDArray[np.bytes_],
+    labels: Labelled,
+    file: Path | None,
 ) -> npt.NDArray[np.uint8]:
-    patients, contents = writer.column("patient"), writer.column("content")
     if file is not None or any(row.split for row in rows):
         sides = given_splits(found, rows, patients, file)
     else:
@@ -271,14 +275,21 @@ def _sides(
 
 
 def _warn_of_twins(found: Catalogue, contents: npt.NDArray[np.bytes_]) -> None:
+    """``contents`` of each scan."""
     if twins := len(contents) - len(np.unique(contents)):
-        found.warnings.append(f"{twins} images are identical to another one; they lie on the same side of the split")
+        found.warnings.append(f"{twins} scans are identical to another one; they lie on the same side of the split")
 
 
 def _result(
-    out: Path, key: Path, found: Catalogue, writer: StoreWriter, sides: npt.NDArray[np.uint8], labels: Labelled
+    out: Path,
+    key: Path,
+    found: Catalogue,
+    writer: StoreWriter,
+    patients: npt.NDArray[np.bytes_],
+    sides: npt.NDArray[np.uint8],
+    labels: Labelled,
+    report: Report,
 ) -> IngestResult:
-    patients = writer.column("patient")
     by_split = {
         name: {"images": int((sides == side).sum()), "patients": len(np.unique(patients[sides == side]))}
         for side, name in enumerate(splits.SPLITS)
@@ -291,39 +302,19 @@ def _result(
     recipe = f"{writer.modality}/simclr_resnet18"
     return IngestResult(
         path=out,
-        private=out.with_name(f"{out.name}.private"),
+        private=private.folder_of(out),
         key=key,
+        scans=len(writer.notes),
         images=len(writer),
         patients=len(np.unique(patients)),
         splits={name: count for name, count in by_split.items() if count["images"]},
         labels=by_label,
+        masks=report.masks,
+        boxes=report.boxes + report.negatives,
+        problems=tuple(report.problems),
+        attached=tuple(report.lines()),
         skipped=tuple(sorted(found.skipped, key=lambda skipped: skipped.file)),
         notes=tuple(found.notes),
         warnings=tuple(found.warnings),
         next=command("sslmed", "pretrain", recipe, "--data", out, "--out", out.parent / "run"),
-    )
-
-
-def _write_private(result: IngestResult, source: Path, rows: Sequence[Entry], patients: npt.NDArray[np.bytes_]) -> None:
-    """What must not be inside the store lies beside it, for its owner alone."""
-    with disk_errors(result.private):
-        result.private.mkdir(mode=0o700, exist_ok=True)
-        result.private.chmod(0o700)
-    report = {"source": str(source.absolute()), **result.as_dict()}
-    with write_atomically(result.private / "data_report.json") as partial, _private(partial) as file:
-        json.dump(report, file, indent=2)
-    with write_atomically(result.private / "key_table.csv") as partial, _private(partial) as file:
-        table = csv.writer(file)
-        table.writerow(["file", "patient", "sample", "patient_key"])
-        keys = patients.tolist()
-        table.writerows([row.name, row.patient, number, keys[number].decode()] for number, row in enumerate(rows))
-
-
-def _private(path: Path) -> Any:
-    return os.fdopen(
-        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600),
-        "w",
-        encoding="utf-8",
-        errors="surrogateescape",
-        newline="",
     )

@@ -13,9 +13,12 @@ import numpy.typing as npt
 
 from sslmed.config import DataError, MissingInputError
 
-SCHEMA = 1
+SCHEMA = 2
 STORE_JSON = "store.json"
 INDEX_H5 = "index.h5"
+TILE = 128
+TILED = "_tiled"
+KINDS = ("image", "volume", "clip")
 
 _SHARD_NAME = re.compile(r"shard-\d{5}\.h5")
 
@@ -40,15 +43,17 @@ class MetaColumn:
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """Where each image lies and what is known of it: arrays of one length, a row an image.
+    """Where each image lies and whose it is: arrays of one length, a row an image (a picture, a slice, a frame).
 
-    ``patient`` S32, keyed; ``split`` position in SPLITS; ``shard``, ``group``, ``row`` shard number, dataset and place
-    in it; ``height``, ``width`` in pixels; ``low``, ``high`` the modality's intensity range in stored units;
-    ``content`` the keyed digest of the image as it was read.
+    ``patient`` S32, keyed; ``split`` position in SPLITS; ``scan`` number of the scan that it belongs to, whose rows are
+    consecutive; ``slice`` its number there; ``shard``, ``group``, ``row`` shard number, dataset and place in it;
+    ``height``, ``width`` in pixels; ``content`` the keyed digest of the whole scan as it was read.
     """
 
     patient: npt.NDArray[np.bytes_]
     split: npt.NDArray[np.uint8]
+    scan: npt.NDArray[np.uint32]
+    slice: npt.NDArray[np.uint32]
     shard: npt.NDArray[np.uint16]
     group: npt.NDArray[np.uint32]
     row: npt.NDArray[np.uint32]
@@ -56,12 +61,91 @@ class Index:
     width: npt.NDArray[np.uint32]
     channels: npt.NDArray[np.uint8]
     dtype: npt.NDArray[np.bytes_]
-    low: npt.NDArray[np.float32]
-    high: npt.NDArray[np.float32]
     content: npt.NDArray[np.bytes_]
 
     def __len__(self) -> int:
         return len(self.patient)
+
+
+@dataclass(frozen=True, eq=False)
+class ScanTable:
+    """What is known of each scan: arrays of one length, an entry a scan.
+
+    ``first`` its first row, ``depth`` its number of rows; ``kind`` position in KINDS; ``source_height``,
+    ``source_width`` of its images before ``ingest --size``; ``low``, ``high``, ``mean``, ``std`` its `Intensity`;
+    ``spacing`` (S, 3) mm between slices, down and across, of the images as stored, NaN where unknown; ``geometry``
+    place in `Geometries`, -1 where the scan is not placed in the patient.
+    """
+
+    first: npt.NDArray[np.uint32]
+    depth: npt.NDArray[np.uint32]
+    kind: npt.NDArray[np.uint8]
+    source_height: npt.NDArray[np.uint32]
+    source_width: npt.NDArray[np.uint32]
+    low: npt.NDArray[np.float64]
+    high: npt.NDArray[np.float64]
+    mean: npt.NDArray[np.float64]
+    std: npt.NDArray[np.float64]
+    spacing: npt.NDArray[np.float64]
+    geometry: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+@dataclass(frozen=True, eq=False)
+class Geometries:
+    """Where scans lie in the patient: arrays of one length.
+
+    ``affine`` (G, 4, 4) of the volume as stored, see `Scan.affine`; ``grid_shape`` (G, 3), ``grid_turn`` (G, 3, 2),
+    ``grid_fields`` (G, 25) the `NiftiGrid` of its file, a shape of zeros where it was no NIfTI file.
+    """
+
+    affine: npt.NDArray[np.float64]
+    grid_shape: npt.NDArray[np.uint32]
+    grid_turn: npt.NDArray[np.int8]
+    grid_fields: npt.NDArray[np.float64]
+
+
+ROW = np.dtype(
+    [
+        ("patient", "S32"),
+        ("split", "u1"),
+        ("scan", "u4"),
+        ("slice", "u4"),
+        ("shard", "u2"),
+        ("group", "u4"),
+        ("row", "u4"),
+        ("height", "u4"),
+        ("width", "u4"),
+        ("channels", "u1"),
+        ("dtype", "S8"),
+        ("content", "S64"),
+    ]
+)
+SCAN = np.dtype(
+    [
+        ("first", "u4"),
+        ("depth", "u4"),
+        ("kind", "u1"),
+        ("source_height", "u4"),
+        ("source_width", "u4"),
+        ("low", "f8"),
+        ("high", "f8"),
+        ("mean", "f8"),
+        ("std", "f8"),
+        ("spacing", "f8", (3,)),
+        ("geometry", "i4"),
+    ]
+)
+GEOMETRY = np.dtype(
+    [
+        ("affine", "f8", (4, 4)),
+        ("grid_shape", "u4", (3,)),
+        ("grid_turn", "i1", (3, 2)),
+        ("grid_fields", "f8", (25,)),
+    ]
+)
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -93,7 +177,19 @@ def digest(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def group_name(dtype: np.dtype[Any], shape: tuple[int, ...]) -> str:
-    """The dataset for images of one dtype and shape, such as ``uint16_128x96x1`` (height, width, channels)."""
+def group_name(dtype: np.dtype[Any], shape: tuple[int, ...], tiled: bool = False) -> str:
+    """The dataset for images of one dtype and shape, such as ``uint16_128x96x1`` (height, width, channels).
+
+    Slices of volumes, which are stored in tiles, have one of their own: ``int16_512x512x1_tiled``.
+    """
     height, width, channels = (*shape, 1)[:3]
-    return f"{dtype.name}_{height}x{width}x{channels}"
+    return f"{dtype.name}_{height}x{width}x{channels}{TILED if tiled else ''}"
+
+
+def tile(side: int) -> int:
+    """The side of a chunk of a volume's slice: an even share of ``side``, at most 128 pixels.
+
+    Whole slices are as fast to read in such tiles; a slice along another axis takes a third of the time, a crop of 64
+    pixels a fifth (``benchmarks/store.py``).
+    """
+    return -(-side // -(-side // TILE))

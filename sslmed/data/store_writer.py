@@ -1,14 +1,16 @@
-"""Writing a store: built in a hidden folder beside the target, renamed at the end, so that it is whole or absent."""
+"""Writing a store: built in a hidden folder beside the target, renamed at the end, so that it is whole or absent.
+
+A writer that is killed leaves its finished shards, and beside them what is known of their images; the next writer of
+the same target and plan goes on after them.
+"""
 
 import contextlib
 import fcntl
-import glob
 import hashlib
 import os
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,41 +21,43 @@ import numpy.typing as npt
 from sslmed import __version__
 from sslmed.config import DataError, DiskError, OutputExistsError, TemporaryError
 from sslmed.data.hdf5 import chunk_filters, h5_bytes, new_h5
+from sslmed.data.progress import Part, Progress
 from sslmed.data.splits import SPLITS
-from sslmed.data.store_format import INDEX_H5, SCHEMA, STORE_JSON, Index, LabelColumn, MetaColumn, digest, group_name
+from sslmed.data.store_format import (
+    INDEX_H5,
+    SCHEMA,
+    STORE_JSON,
+    Geometries,
+    Index,
+    ScanTable,
+    digest,
+    group_name,
+    tile,
+)
+from sslmed.data.store_tables import NewScan, Tables
 from sslmed.durable import write_json
 
-SHARD_BYTES = 2**29  # a shard is built in memory, and is there twice while it goes to the disk
-
-_ROW = np.dtype(
-    [
-        ("patient", "S32"),
-        ("split", "u1"),
-        ("shard", "u2"),
-        ("group", "u4"),
-        ("row", "u4"),
-        ("height", "u4"),
-        ("width", "u4"),
-        ("channels", "u1"),
-        ("dtype", "S8"),
-        ("low", "f4"),
-        ("high", "f4"),
-        ("content", "S64"),
-    ]
-)
+SHARD_BYTES = 2**28  # a shard is built in memory, is there twice while it goes to the disk, and is what a kill loses
 
 
 class StoreWriter:
-    """Adds images one by one, in the order of their rows; `finish` makes the store appear at ``target``.
+    """Adds scans one by one, in the order of their rows; `finish` makes the store appear at ``target``.
 
-    Use it as a context manager: leaving it without `finish` removes what was written. A killed process leaves a hidden
-    ``.NAME.partial-…`` folder, which the next writer of that target removes.
+    Use it as a context manager. Leaving it without `finish` keeps what a later writer can go on with, if anything.
 
     Args:
         target: the store's folder, which must not exist.
         modality: name of the modality of every image.
+        policy: what the store says of how pixels and intensities came about.
         key_id: id of the site key that hid the patients.
-        shard_bytes: no shard holds more pixel bytes (before compression) than this, unless one image does.
+        shard_bytes: a shard is closed before it would hold more pixel bytes (before compression) than this; a scan is
+            never parted.
+        progress: a folder for what is known of finished shards, for their owner alone; without it a kill loses all.
+        plan: digest of everything that decides what will be added; another plan starts again.
+
+    Attributes:
+        notes: of every scan added so far, those of an interrupted writer first.
+        skips: likewise, what was given to `skip`.
 
     Raises:
         OutputExistsError: ``target`` exists.
@@ -61,25 +65,40 @@ class StoreWriter:
         DiskError: disk full, read-only or an I/O error, here or in any method.
     """
 
-    def __init__(self, target: Path, *, modality: str, key_id: str, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        target: Path,
+        *,
+        modality: str,
+        key_id: str,
+        policy: Mapping[str, Any] | None = None,
+        shard_bytes: int = SHARD_BYTES,
+        progress: Path | None = None,
+        plan: str = "",
+    ) -> None:
         self.target = target.absolute()
-        self.modality, self._key_id, self._shard_bytes = modality, key_id, shard_bytes
-        self._rows = np.zeros(1024, _ROW)
-        self._count = 0
+        self.modality, self._key_id, self._policy = modality, key_id, dict(policy or {})
+        self._shard_bytes = shard_bytes
+        self._tables = Tables()
         self._groups: dict[str, int] = {}
         self._shards: list[dict[str, Any]] = []
         self._file: Any = None
         self._datasets: dict[str, Any] = {}  # of the open shard
         self._bytes = 0
+        self.notes: list[Any] = []
+        self.skips: list[Any] = []
+        self._progress = Progress(progress, plan) if progress is not None else None
         refuse_existing(self.target)
         with disk_errors(self.target):
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._remove_stale()
-            self._partial = self.target.with_name(f".{self.target.name}.partial-{uuid.uuid4().hex[:8]}")
-            self._partial.mkdir()
-            # Held while this process lives: it tells folders in use from those that a killed process left.
-            self._lock = os.open(self._partial, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._partial = self.target.with_name(f".{self.target.name}.partial")
+            self._partial.mkdir(mode=0o700, exist_ok=True)
+            self._lock = _locked(self._partial, self.target)
+            try:
+                self._go_on()
+            except BaseException:
+                os.close(self._lock)
+                raise
 
     def __enter__(self) -> Self:
         return self
@@ -91,98 +110,119 @@ class StoreWriter:
             with contextlib.suppress(OSError, RuntimeError, ValueError):
                 self._file.close()
         os.close(self._lock)
-        shutil.rmtree(self._partial, ignore_errors=True)  # renamed away when `finish` was reached
+        if not (self._shards and self._progress):  # also after `finish`, which has renamed the folder
+            shutil.rmtree(self._partial, ignore_errors=True)
+            if self._progress:
+                self._progress.remove()
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._tables.rows)
 
-    def add(self, pixels: npt.NDArray[Any], *, patient: str, low: float, high: float, content: str) -> int:
-        """Append one image, (H, W) or (H, W, 3), with its keyed patient, intensity range and keyed content digest.
+    def skip(self, note: Any) -> None:
+        """Remember, through a kill, something that will not be in the store; plain JSON."""
+        self.skips.append(note)
 
-        Returns:
-            Its row.
-        """
-        if len(patient) > _ROW["patient"].itemsize or len(content) > _ROW["content"].itemsize:
-            raise ValueError(f"patient {patient!r} or content {content!r} is no keyed digest")
-        group = group_name(pixels.dtype, pixels.shape)
+    def add(self, scan: NewScan) -> int:
+        """Append a scan; the number of its first row."""
+        tiled = scan.kind == "volume"
+        images = scan.pixels if scan.kind != "image" else scan.pixels[None]
+        name = group_name(images.dtype, images.shape[1:], tiled)
         with disk_errors(self.target):
-            place = self._append(group, pixels)
-        if self._count == len(self._rows):
-            self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
-        height, width, channels = (*pixels.shape, 1)[:3]
-        number = self._groups.setdefault(group, len(self._groups))
-        self._rows[self._count] = (
-            patient.encode(),
-            SPLITS.index("unlabelled"),
-            len(self._shards),
-            number,
-            place,
-            height,
-            width,
-            channels,
-            pixels.dtype.name.encode(),
-            low,
-            high,
-            content.encode(),
-        )
-        self._count += 1
-        return self._count - 1
+            if self._bytes and self._bytes + images.nbytes > self._shard_bytes:
+                self._close_shard()
+            place = self._append(name, images, tiled)
+        group = self._groups.setdefault(name, len(self._groups))
+        self.notes.append(scan.note)
+        return self._tables.add(scan, images, shard=len(self._shards), group=group, place=place)
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """What the index will hold so far under ``name``."""
-        return self._rows[name][: self._count]
+        return self._tables.rows.column(name)
 
-    def finish(
-        self,
-        *,
-        split: npt.NDArray[np.uint8],
-        split_digest: str,
-        labels: Sequence[tuple[LabelColumn, npt.NDArray[np.int16]]] = (),
-        meta: Sequence[tuple[MetaColumn, npt.NDArray[Any]]] = (),
-    ) -> dict[str, Any]:
-        """Write index and ``store.json``, flush everything to the disk and rename the folder to its target.
+    def shapes(self) -> npt.NDArray[np.uint32]:
+        """(N, 2): height and width of every row."""
+        return np.stack([self.column("height"), self.column("width")], axis=1)
 
-        Args:
-            split: position in SPLITS of every row, (N,).
-            split_digest: digest of who is on which side.
-            labels: columns with the class number of every row, -1 without label.
-            meta: columns with float64 numbers (NaN blank) or int32 positions in the categories (-1 blank).
+    def scans(self, name: str) -> npt.NDArray[Any]:
+        """What the table of scans will hold so far under ``name``."""
+        return self._tables.scans.column(name)
 
-        Returns:
-            The content of ``store.json``.
-        """
-        if self._count == 0:
-            raise DataError(f"no image to write to {self.target}.")
-        self._rows["split"][: self._count] = split
+    def complete(self) -> None:
+        """All scans have been added: what fails from here on loses none of them."""
         with disk_errors(self.target):
             self._close_shard()
-            index_digest = self._write_index([column for _, column in labels], [column for _, column in meta])
-            about = self._about(split_digest, [column for column, _ in labels], [column for column, _ in meta])
+
+    def finish(self, *, patients: npt.NDArray[np.bytes_], split: npt.NDArray[np.uint8], split_digest: str) -> "Written":
+        """Write index and ``store.json`` and flush everything to the disk.
+
+        The store is whole then, in a hidden folder; leaving the context that is returned without an error renames it
+        to its target, so that annotations can be added before anyone sees it.
+
+        Args:
+            patients: keyed patient of every row, (N,).
+            split: position in SPLITS of every row, (N,).
+            split_digest: digest of who is on which side.
+        """
+        if not len(self):
+            raise DataError(f"no image to write to {self.target}.")
+        self.column("patient")[:], self.column("split")[:] = patients, split
+        with disk_errors(self.target):
+            self._close_shard()
+            for orphan in set(self._partial.iterdir()) - {self._partial / shard["file"] for shard in self._shards}:
+                orphan.unlink()
+            index_digest = self._write_index()
+            about = self._about(split_digest)
             about["index"] = {"file": INDEX_H5, "sha256": index_digest}
             about["digest"] = digest(about)
             write_json(self._partial / STORE_JSON, about)
+        return Written(self._partial, self._publish)
+
+    # Machinery.
+
+    def _publish(self) -> None:
+        with disk_errors(self.target):
+            self._partial.chmod(0o777 & ~_umask())
             _flush(self._partial)
             refuse_existing(self.target)
             self._partial.rename(self.target)
             _flush(self.target.parent)
-        return about
+        self._shards = []  # nothing is left to go on with
 
-    # Machinery.
+    def _go_on(self) -> None:
+        """Take over the shards of an interrupted writer, if they are whole and of the same plan."""
+        parts = self._progress.parts(self._partial) if self._progress else []
+        for part in parts:
+            self._tables.extend(part.rows, part.scans, part.geometries)
+            self._groups |= {name: number for number, name in enumerate(part.groups)}
+            self._shards.append(part.shard)
+            self.notes += part.notes
+            self.skips += part.skips
+        if not parts and self._progress:
+            self._progress.remove()
+        if self._progress:
+            self._progress.start()
+        whole = {self._partial / shard["file"] for shard in self._shards}
+        for stale in set(self._partial.iterdir()) - whole:
+            stale.unlink()
+        self._saved = self._counts()
 
-    def _append(self, group: str, pixels: npt.NDArray[Any]) -> int:
-        if self._bytes + pixels.nbytes > self._shard_bytes:
-            self._close_shard()
+    def _append(self, group: str, images: npt.NDArray[Any], tiled: bool) -> int:
         if self._file is None:
             self._file = new_h5(self._shard_name())
         if group not in self._datasets:
-            sizes = {"shape": (0, *pixels.shape), "maxshape": (None, *pixels.shape), "chunks": (1, *pixels.shape)}
-            self._datasets[group] = self._file.create_dataset(group, **sizes, dtype=pixels.dtype, **chunk_filters())
+            shape = images.shape[1:]
+            chunk = (1, tile(shape[0]), tile(shape[1]), *shape[2:]) if tiled else (1, *shape)
+            sizes = {"shape": (0, *shape), "maxshape": (None, *shape), "chunks": chunk}
+            self._datasets[group] = self._file.create_dataset(group, **sizes, dtype=images.dtype, **chunk_filters())
         dataset = self._datasets[group]
         place = int(dataset.shape[0])
-        dataset.resize(place + 1, axis=0)
-        dataset[place] = pixels
-        self._bytes += pixels.nbytes
+        dataset.resize(place + len(images), axis=0)
+        dataset[place:] = images
+        self._bytes += images.nbytes
         return place
+
+    def _counts(self) -> tuple[int, ...]:
+        return (*self._tables.counts(), len(self.notes), len(self.skips))
 
     def _shard_name(self) -> str:
         return f"shard-{len(self._shards):05d}.h5"
@@ -195,48 +235,66 @@ class StoreWriter:
         self._file, self._datasets, self._bytes = None, {}, 0
         name = self._shard_name()
         _write(self._partial / name, content)
-        self._shards.append({"file": name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)})
+        shard = {"file": name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        if self._progress:
+            rows, scans, geometries, notes, skips = self._saved
+            tables = self._tables
+            part = Part(
+                shard,
+                list(self._groups),
+                tables.rows.all()[rows:],
+                tables.scans.all()[scans:],
+                tables.geometries.all()[geometries:],
+                self.notes[notes:],
+                self.skips[skips:],
+            )
+            self._progress.save(len(self._shards), part)
+        self._shards.append(shard)
+        self._saved = self._counts()
 
-    def _write_index(self, labels: list[npt.NDArray[Any]], meta: list[npt.NDArray[Any]]) -> str:
-        columns = {field.name: self.column(field.name) for field in fields(Index)}
-        columns |= {f"label_{number:03d}": column for number, column in enumerate(labels)}
-        columns |= {f"meta_{number:03d}": column for number, column in enumerate(meta)}
+    def _write_index(self) -> str:
+        rows, scans, geometries = self._tables.rows, self._tables.scans, self._tables.geometries
+        tables = ((Index, rows, ""), (ScanTable, scans, "scan_"), (Geometries, geometries, "place_"))
         with new_h5(INDEX_H5) as file:
-            for name, column in columns.items():
-                if column.shape != (self._count,):
-                    raise ValueError(f"column {name} has shape {column.shape}, not ({self._count},)")
-                file.create_dataset(name, data=np.ascontiguousarray(column))
+            for kind, table, prefix in tables:
+                for field in fields(kind):
+                    file.create_dataset(prefix + field.name, data=np.ascontiguousarray(table.column(field.name)))
             content = h5_bytes(file)
         _write(self._partial / INDEX_H5, content)
         return hashlib.sha256(content).hexdigest()
 
-    def _about(self, split_digest: str, labels: list[LabelColumn], meta: list[MetaColumn]) -> dict[str, Any]:
+    def _about(self, split_digest: str) -> dict[str, Any]:
         split = self.column("split")
         return {
             "schema": SCHEMA,
             "sslmed": __version__,
             "modality": self.modality,
+            "policy": self._policy,
             "key_id": self._key_id,
             "split_digest": split_digest,
-            "images": self._count,
+            "images": len(self),
+            "scans": len(self._tables.scans),
             "patients": len(np.unique(self.column("patient"))),
             "splits": {name: int((split == number).sum()) for number, name in enumerate(SPLITS)},
-            "labels": [_plain(column) for column in labels],
-            "meta": [_plain(column) for column in meta],
             "groups": list(self._groups),
             "shards": self._shards,
         }
 
-    def _remove_stale(self) -> None:
-        for stale in self.target.parent.glob(f".{glob.escape(self.target.name)}.partial-*"):
-            lock = os.open(stale, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise TemporaryError(f"another sslmed is writing {self.target} now. Wait for it, or end it.") from error
-            finally:
-                os.close(lock)
-            shutil.rmtree(stale, ignore_errors=True)
+
+class Written:
+    """A whole store in a hidden folder, ``folder``. Leaving its context without an error makes it visible."""
+
+    def __init__(self, folder: Path, publish: Any) -> None:
+        self.folder, self._publish = folder, publish
+
+    def __enter__(self) -> Path:
+        return self.folder
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._publish()
 
 
 def refuse_existing(target: Path) -> None:
@@ -253,15 +311,31 @@ def disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DiskError(f"cannot write {target}: {error.strerror or error}. Nothing was left behind.") from error
+        raise DiskError(
+            f"cannot write {target}: {error.strerror or error}. There is no store; the same command goes on from the "
+            "last shard that was written, if there is one."
+        ) from error
 
 
-def _plain(column: LabelColumn | MetaColumn) -> Mapping[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(column).items()}
+def _locked(partial: Path, target: Path) -> int:
+    """Held while this process lives: it tells a folder in use from one that a killed process left."""
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise TemporaryError(f"another process is writing {target}. Wait for it, or give another --out.") from error
+    return lock
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _write(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
+    with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

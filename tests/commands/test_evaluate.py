@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import stores
 
 from sslmed import artifact
 from sslmed.commands.evaluate import PRETRAINED, RANDOM, EvaluateResult, evaluate
 from sslmed.config import DataError, MissingInputError, OutputExistsError, UsageError
 from sslmed.data import splits
 from sslmed.data.identity import SiteKey
+from sslmed.data.modality import MODALITIES, in_words
 from sslmed.data.store import LabelColumn, Store
-from sslmed.data.store_writer import StoreWriter
 from sslmed.evaluation import probes
 from sslmed.evaluation.metrics import METRICS
 from sslmed.models.backbones import BackboneConfig, build
@@ -36,24 +37,22 @@ def write_store(
 ) -> Store:
     """One or two images a patient; a bright square marks the last class, so that any network can see it."""
     random = np.random.default_rng(0)
-    labels, splits_of = [], []
-    with StoreWriter(path, modality=modality, key_id=SITE.id) as writer:
-        for patient in range(patients):
-            label = patient // 3 % max(1, len(classes))
-            for _ in range(1 + patient % 2):
-                pixels = random.integers(0, 120, (40, 36, 3) if colour else (40, 36)).astype(np.uint8)
-                pixels[10:20, 10:20] += np.uint8(60 * label)
-                content = SITE.content(pixels)
-                writer.add(pixels, patient=SITE.patient(f"p{patient}"), low=0.0, high=255.0, content=content)
-                labels.append(label)
-                splits_of.append(splits.TEST if patient % 3 == 0 else splits.TRAIN)
-        target, split = np.array(labels, np.int16), np.array(splits_of, np.uint8)
-        if test_labels is not None:
-            target[split == splits.TEST] = test_labels[: (split == splits.TEST).sum()]
-        digest = splits.digest(writer.column("patient"), split)
-        column = LabelColumn("finding", "class", classes)
-        writer.finish(split=split, split_digest=digest, labels=[(column, target)] if classes else [])
-    return Store(path)
+    scans, owners, labels, splits_of = [], [], [], []
+    for patient in range(patients):
+        label = patient // 3 % max(1, len(classes))
+        for _ in range(1 + patient % 2):
+            pixels = random.integers(0, 120, (40, 36, 3) if colour else (40, 36)).astype(np.uint8)
+            pixels[10:20, 10:20] += np.uint8(60 * label)
+            scans.append(stores.picture(pixels, SITE.content(pixels)))
+            owners.append(SITE.patient(f"p{patient}"))
+            labels.append(label)
+            splits_of.append(splits.TEST if patient % 3 == 0 else splits.TRAIN)
+    target, split = np.array(labels, np.int16), np.array(splits_of, np.uint8)
+    if test_labels is not None:
+        target[split == splits.TEST] = test_labels[: (split == splits.TEST).sum()]
+    column = LabelColumn("finding", "class", classes)
+    columns = [(column, target)] if classes else []
+    return stores.write_store(path, scans, owners, modality=modality, key_id=SITE.id, split=split, labels=columns)
 
 
 def write_model(
@@ -79,7 +78,7 @@ def write_model(
         num_features=network.num_features,
         size=SIZE,
         modality="xray",
-        normalisation="in words",
+        normalisation=in_words(MODALITIES["xray"]),
         method={"name": "simclr"},
         recipe={},
         data=data,

@@ -75,7 +75,7 @@ def test_pixels_ranges_and_key_table_belong_together(source: Path, tmp_path: Pat
     np.testing.assert_array_equal(store.pixels(0), picture(99, (30, 40), np.uint16) // 16)
     np.testing.assert_array_equal(store.pixels(5), picture(5))
     low, high = np.percentile(store.pixels(0), (0.5, 99.5))
-    assert store.range(0) == pytest.approx((low, high))
+    assert store.intensity(0)[:2] == pytest.approx((low, high))
     key = load_or_make_key(result.key)
     for row in table:
         assert store.index.patient[int(row["sample"])].decode() == row["patient_key"] == key.patient(row["patient"])
@@ -89,7 +89,7 @@ def test_nothing_inside_the_store_says_who(source: Path, tmp_path: Path) -> None
         assert b"secret" not in content, path
         assert str(source).encode() not in content, path
         assert b"labels.csv" not in content, path
-    assert {path.name for path in result.path.iterdir()} == {"store.json", "index.h5", "shard-00000.h5"}
+    assert {path.name for path in result.path.iterdir()} == {"store.json", "index.h5", "labels-1.h5", "shard-00000.h5"}
     assert stat.S_IMODE(result.private.stat().st_mode) == 0o700
     for name in ("data_report.json", "key_table.csv"):
         assert stat.S_IMODE((result.private / name).stat().st_mode) == 0o600
@@ -214,7 +214,7 @@ def test_an_unnamed_image_follows_its_patient(source: Path, tmp_path: Path) -> N
     assert split_of(result) == [3] * 8 + [2, 2] + [3] * 14
 
 
-def test_leakage_is_refused_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
+def test_leakage_is_refused_and_leaves_no_store(source: Path, tmp_path: Path) -> None:
     rows = ["images/secret00_0.png,p0,train", "images/secret00_1.png, P0 ,test"]
     with pytest.raises(DataError, match=r"1 patient on two sides.*(?s:.*)secret00_0\.png \(train\)"):
         ingest(source, tmp_path / "a", modality="xray", labels=write_csv(source, "file,patient,split", rows))
@@ -222,13 +222,14 @@ def test_leakage_is_refused_and_leaves_nothing(source: Path, tmp_path: Path) -> 
     rows = ["images/secret00_0.png,p0,train", "images/secret01_0.png,p1,test"]
     with pytest.raises(DataError, match="1 identical image on two sides"):
         ingest(source, tmp_path / "a", modality="xray", labels=write_csv(source, "file,patient,split", rows))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "site.key"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.partial", "a.private", "raw", "site.key"]
+    assert [path.name for path in (tmp_path / "a.private").iterdir()] == ["progress"]
 
 
 def test_identical_images_are_counted(source: Path, tmp_path: Path) -> None:
     (source / "images" / "secret01_0.png").write_bytes((source / "images" / "secret00_0.png").read_bytes())
     result = ingest(source, tmp_path / "store", modality="xray", patient=r"secret\d+")
-    assert any(warning.startswith("1 images are identical") for warning in result.warnings)
+    assert any(warning.startswith("1 scans are identical") for warning in result.warnings)
     assert split_of(result)[0] == split_of(result)[2]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
+from stores import picture, write_store
 
 from sslmed.config import DataError, UsageError
 from sslmed.data.loading import Batch, StreamSampler, ViewDataset, stream_loader
@@ -15,7 +16,6 @@ from sslmed.data.modality import MODALITIES
 from sslmed.data.positives import Positives
 from sslmed.data.store import Store
 from sslmed.data.store_format import MetaColumn
-from sslmed.data.store_writer import StoreWriter
 from sslmed.data.views import Augment
 from sslmed.keyed_rng import rng
 
@@ -55,19 +55,15 @@ PARTNERS: dict[str, list[set[int]]] = {
 
 
 def write(folder: Path, columns: dict[str, np.ndarray], patients: list[int]) -> Store:
-    with StoreWriter(folder, modality="xray", key_id="0123abcd") as writer:
-        for number, patient in enumerate(patients):
-            pixels = np.full((24, 20), 100 + number, np.uint8)
-            writer.add(pixels, patient=f"{7 - patient:032x}", low=0, high=200 + number, content=f"{number:064x}")
-        meta = [
-            (
-                MetaColumn(name, "number") if values.dtype.kind == "f" else MetaColumn(name, "category", ("a", "b")),
-                values,
-            )
-            for name, values in columns.items()
-        ]
-        writer.finish(split=np.zeros(len(patients), np.uint8), split_digest="d" * 64, meta=meta)
-    return Store(folder)
+    scans = [
+        picture(np.full((24, 20), 100 + number, np.uint8), f"{number:064x}", 0, 200 + number)
+        for number in range(len(patients))
+    ]
+    meta = [
+        (MetaColumn(name, "number") if values.dtype.kind == "f" else MetaColumn(name, "category", ("a", "b")), values)
+        for name, values in columns.items()
+    ]
+    return write_store(folder, scans, [f"{7 - patient:032x}" for patient in patients], meta=meta)
 
 
 def columns(*names: str) -> dict[str, np.ndarray]:
@@ -219,7 +215,7 @@ def test_the_first_view_is_the_images_and_the_others_are_the_partners(phantom_st
         sample, own = with_partners[3, row], alone[3, row]
         assert torch.equal(sample.views[0], own.views[0])
         partner = positives.partner(row, rng(0, 3, row, "partner"))
-        made = augment(phantom_store.pixels(partner), *phantom_store.range(partner), epoch=3, sample=row)
+        made = augment(phantom_store.pixels(partner), phantom_store.intensity(partner), epoch=3, sample=row)
         assert np.array_equal(sample.views[1][0], made[1])  # with the partner's own range
         assert torch.equal(sample.views[1], own.views[1]) == (partner == row)
         assert (sample.row, own.row, own.group) == (row, row, row)
@@ -247,7 +243,7 @@ def test_workers_draw_the_same_partners(phantom_store: Store) -> None:
 
 
 def test_an_unreadable_partner_is_an_error_of_the_batch(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pixels(self: Store, row: int) -> np.ndarray:
+    def pixels(self: Store, row: int, slices: int = 1) -> np.ndarray:
         if row == 1:
             raise DataError("sample 1 cannot be read")
         return np.zeros((24, 20), np.uint8)

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 
 from sslmed.config import DataError, DiskError, MissingInputError, OutputExistsError, TemporaryError, UsageError
+from sslmed.data.annotation_writer import annotate
+from sslmed.data.intensity import Intensity
 from sslmed.data.splits import SPLITS
 from sslmed.data.store import Store
 from sslmed.data.store_format import STORE_JSON, LabelColumn, MetaColumn, digest
+from sslmed.data.store_tables import NewScan
 from sslmed.data.store_writer import StoreWriter
 from sslmed.durable import write_json
 
@@ -30,23 +33,35 @@ def images(count: int = 12) -> list[np.ndarray]:
 
 
 def build(folder: Path, pictures: list[np.ndarray], **options: int) -> Path:
+    count = len(pictures)
     with StoreWriter(folder, modality="photo", key_id="0123abcd", **options) as writer:
         for number, pixels in enumerate(pictures):
-            writer.add(pixels, patient=f"{number // 2:032x}", low=number, high=number + 100.5, content=f"{number:064x}")
-        count = len(pictures)
-        writer.finish(
-            split=(np.arange(count) // 2 % 4).astype(np.uint8),
-            split_digest="d" * 64,
-            labels=[
-                (LabelColumn("finding", "class", ("clear", "nodule")), (np.arange(count) % 3 - 1).astype(np.int16)),
-                (LabelColumn("a/b é", "binary", ("0", "1")), (np.arange(count) % 2).astype(np.int16)),
-            ],
-            meta=[
-                (MetaColumn("age", "number"), np.where(np.arange(count) % 2, np.nan, np.arange(count))),
-                (MetaColumn("view", "category", ("AP", "PA")), (np.arange(count) % 3 - 1).astype(np.int32)),
-            ],
-        )
+            intensity = Intensity(number, number + 100.5, number + 50, 25)
+            writer.add(NewScan(pixels, intensity, f"{number:064x}"))
+        patients = np.array([f"{number // 2:032x}".encode() for number in range(count)])
+        split = (np.arange(count) // 2 % 4).astype(np.uint8)
+        with writer.finish(patients=patients, split=split, split_digest="d" * 64) as hidden:
+            annotate(
+                hidden,
+                labels=[
+                    (LabelColumn("finding", "class", ("clear", "nodule")), (np.arange(count) % 3 - 1).astype(np.int16)),
+                    (LabelColumn("a/b é", "binary", ("0", "1")), (np.arange(count) % 2).astype(np.int16)),
+                ],
+                meta=[
+                    (MetaColumn("age", "number"), np.where(np.arange(count) % 2, np.nan, np.arange(count))),
+                    (MetaColumn("view", "category", ("AP", "PA")), (np.arange(count) % 3 - 1).astype(np.int32)),
+                ],
+            )
     return folder
+
+
+def one(writer: StoreWriter, pixels: np.ndarray) -> None:
+    writer.add(NewScan(pixels, Intensity(0, 1, 0.5, 0.25), "c"))
+
+
+def finish(writer: StoreWriter, count: int) -> None:
+    with writer.finish(patients=np.full(count, b"p"), split=np.zeros(count, np.uint8), split_digest=""):
+        pass
 
 
 @pytest.fixture
@@ -73,7 +88,7 @@ def test_pixels_come_back_as_they_were_stored(store: Path) -> None:
         pixels = opened.pixels(row)
         assert pixels.dtype == picture.dtype
         np.testing.assert_array_equal(pixels, picture)
-        assert opened.range(row) == (row, row + 100.5)
+        assert opened.intensity(row) == (row, row + 100.5, row + 50, 25)
 
 
 def test_index_says_what_was_added(store: Path) -> None:
@@ -115,8 +130,8 @@ def test_labels_and_meta(store: Path) -> None:
 
 def test_a_store_without_labels_has_no_target(tmp_path: Path) -> None:
     with StoreWriter(tmp_path / "s", modality="xray", key_id="0") as writer:
-        writer.add(np.zeros((9, 9), np.uint8), patient="p", low=0, high=1, content="c")
-        writer.finish(split=np.zeros(1, np.uint8), split_digest="")
+        one(writer, np.zeros((9, 9), np.uint8))
+        finish(writer, 1)
     assert Store(tmp_path / "s").default_target() is None
 
 
@@ -266,16 +281,16 @@ def test_opening_what_is_no_whole_store(store: Path, tmp_path: Path) -> None:
     (store / STORE_JSON).write_text(about.replace('"clear"', '"nothing"'))
     with pytest.raises(DataError, match="does not match its own digest"):
         Store(store)
-    for broken in ("", "[]", about[:-20], '{"schema": 1}', "\xff"):
+    for broken in ("", "[]", about[:-20], '{"schema": 2}', "\xff"):
         (store / STORE_JSON).write_text(broken, encoding="latin-1")
         with pytest.raises(DataError, match=r"store\.json"):
             Store(store)
 
 
 def test_another_schema_says_what_to_do(store: Path) -> None:
-    about = dict(Store(store).about) | {"schema": 2}
+    about = dict(Store(store).about) | {"schema": 3}
     write_json(store / STORE_JSON, about | {"digest": digest(about)})
-    with pytest.raises(DataError, match="has store schema 2; this sslmed reads schema 1"):
+    with pytest.raises(DataError, match="has store schema 3; this sslmed reads schema 2"):
         Store(store)
 
 
@@ -301,10 +316,11 @@ def test_a_damaged_index_is_found_at_opening(store: Path) -> None:
 def test_a_million_rows_open_in_well_under_a_second(tmp_path: Path) -> None:
     rows = 1_000_000
     with StoreWriter(tmp_path / "store", modality="xray", key_id="0") as writer:
-        writer.add(np.zeros((8, 8), np.uint8), patient="p", low=0, high=1, content="c")
-        writer._rows, writer._count = np.repeat(writer._rows[:1], rows), rows
+        one(writer, np.zeros((8, 8), np.uint8))
+        writer._tables.rows.extend(np.repeat(writer._tables.rows.all(), rows - 1))
         label = (LabelColumn("finding", "class", ("a", "b")), np.zeros(rows, np.int16))
-        writer.finish(split=np.zeros(rows, np.uint8), split_digest="", labels=[label])
+        with writer.finish(patients=np.full(rows, b"p"), split=np.zeros(rows, np.uint8), split_digest="") as hidden:
+            annotate(hidden, labels=[label])
     started = time.perf_counter()
     opened = Store(tmp_path / "store")
     assert len(opened.rows("train")) == rows
@@ -322,13 +338,13 @@ def test_an_existing_target_is_never_touched(store: Path) -> None:
 
 def stop_halfway(target: Path) -> None:
     with StoreWriter(target, modality="xray", key_id="0") as writer:
-        writer.add(np.zeros((9, 9), np.uint8), patient="p", low=0, high=1, content="c")
+        one(writer, np.zeros((9, 9), np.uint8))
         raise KeyboardInterrupt
 
 
 def write_nothing(target: Path) -> None:
     with StoreWriter(target, modality="xray", key_id="0") as writer:
-        writer.finish(split=np.zeros(0, np.uint8), split_digest="")
+        finish(writer, 0)
 
 
 def test_leaving_the_writer_early_leaves_nothing(tmp_path: Path) -> None:
@@ -342,10 +358,10 @@ def test_leaving_the_writer_early_leaves_nothing(tmp_path: Path) -> None:
 
 def test_two_writers_of_one_target(tmp_path: Path) -> None:
     with StoreWriter(tmp_path / "s", modality="xray", key_id="0") as writer:
-        with pytest.raises(TemporaryError, match="another sslmed is writing"):
+        with pytest.raises(TemporaryError, match="another process is writing"):
             StoreWriter(tmp_path / "s", modality="xray", key_id="0")
-        writer.add(np.zeros((9, 9), np.uint8), patient="p", low=0, high=1, content="c")
-        writer.finish(split=np.zeros(1, np.uint8), split_digest="")
+        one(writer, np.zeros((9, 9), np.uint8))
+        finish(writer, 1)
     assert len(Store(tmp_path / "s")) == 1
 
 
@@ -354,15 +370,18 @@ KILLED = """
     import numpy as np
     from pathlib import Path
     from sslmed.data import store_writer
+    from sslmed.data.intensity import Intensity
+    from sslmed.data.store_tables import NewScan
     if sys.argv[2] == "finish":  # the last moment before the store appears
         calls = []
         store_writer.refuse_existing = lambda _: calls.append(1) or len(calls) > 1 and os.kill(os.getpid(), 9)
     with store_writer.StoreWriter(Path(sys.argv[1]), modality="xray", key_id="0") as writer:
         for number in range(20):
-            writer.add(np.full((64, 64), number, np.uint16), patient="p", low=0, high=1, content="c")
+            writer.add(NewScan(np.full((64, 64), number, np.uint16), Intensity(0, 1, 0, 1), "c"))
             if str(number) == sys.argv[2]:
                 os.kill(os.getpid(), signal.SIGKILL)
-        writer.finish(split=np.zeros(20, np.uint8), split_digest="")
+        with writer.finish(patients=np.full(20, b"p"), split=np.zeros(20, np.uint8), split_digest=""):
+            pass
 """
 
 
@@ -371,7 +390,7 @@ def test_a_killed_writer_leaves_no_store_and_the_next_one_cleans_up(tmp_path: Pa
     command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / "s"), moment]
     assert subprocess.run(command, check=False).returncode == -9
     assert not (tmp_path / "s").exists()
-    assert len(list(tmp_path.glob(".s.partial-*"))) == 1
+    assert (tmp_path / ".s.partial").is_dir()
     build(tmp_path / "s", images(2))
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
     assert len(Store(tmp_path / "s")) == 2
