@@ -21,7 +21,7 @@ from cells import Cells
 
 import sslmed
 from sslmed.config import TrainingAborted
-from sslmed.data.loading import network_input
+from sslmed.data.input import network_input
 from sslmed.data.modality import named
 from sslmed.durable import sha256
 from sslmed.evaluation import comparison, protocol
@@ -176,7 +176,7 @@ class Benchmark:
 
     def _flat(self, rows: Any) -> Any:
         policy, store = named(self.store.modality), self.store
-        images = (network_input(store.pixels(row), *store.range(row), policy, SIZE, 1) for row in map(int, rows))
+        images = (network_input(store.pixels(row), store.intensity(row), policy, SIZE, 1) for row in map(int, rows))
         return np.stack([image.numpy().ravel() for image in images])
 
     def _page(self) -> str:

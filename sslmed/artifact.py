@@ -25,7 +25,7 @@ from sslmed import __version__, image_size
 from sslmed.config import Config, DataError, DiskError, MissingInputError
 from sslmed.data import identity
 from sslmed.data.loading import Rows
-from sslmed.data.modality import MODALITIES, Modality
+from sslmed.data.modality import MODALITIES, Modality, in_words, named, with_windows
 from sslmed.data.store import Store
 from sslmed.durable import PARTIAL, sha256
 from sslmed.keyed_rng import rng
@@ -62,6 +62,7 @@ class Card(Config):
 
     Attributes:
         size: of the input, pixels: the side of a square, or height and width.
+        windows, slices: how an image becomes channels; see ``DataConfig``.
         normalisation: the modality's, in words.
         method: pretext task or supervised task, as in the recipe; ``none`` when the backbone was not pretrained.
         recipe: the resolved recipe of the run.
@@ -75,6 +76,8 @@ class Card(Config):
     num_features: int
     size: image_size.ImageSize
     modality: str
+    windows: tuple[str | tuple[float, float], ...] = ()
+    slices: int = 1
     normalisation: str
     method: dict[str, Any]
     recipe: dict[str, Any]
@@ -277,13 +280,29 @@ def check_fits(card: Card, modality: str, channels: int) -> None:
     """Refuse a store that the artifact was not made for.
 
     Raises:
-        DataError: another modality, or more channels.
+        DataError: another modality, or other channels than an image becomes with the card's windows and slices.
     """
-    if card.modality != modality or card.backbone.in_chans < channels:  # grey is repeated for a colour network
+    planes = channels * card.slices * max(1, len(card.windows))
+    if card.modality != modality or planes not in (1, card.backbone.in_chans):  # a single plane is repeated
         raise DataError(
             f"backbone was trained on {card.backbone.in_chans}-channel {card.modality}; "
-            f"the store holds {channels}-channel {modality}"
+            f"the store holds {planes}-channel {modality}"
         )
+
+
+def policy(card: Card) -> Modality:
+    """The modality with the windows that the artifact was trained with.
+
+    Raises:
+        DataError: this sslmed normalises such images otherwise than the one that trained it.
+    """
+    found = with_windows(named(card.modality), card.windows)
+    if in_words(found) != card.normalisation:
+        raise DataError(
+            f"the artifact was trained on {card.modality} images normalised by {card.normalisation};\n"
+            f"this sslmed normalises them by {in_words(found)}. Use the sslmed that made it, {card.sslmed_version}."
+        )
+    return found
 
 
 def describe(store: Store, rows: Rows) -> DataCard:
@@ -308,11 +327,6 @@ def inherit(
     if read_card(parent).data.key_id != data.key_id:
         data = data.model_copy(update={"key_id": MIXED_KEYS})
     return data, everybody
-
-
-def in_words(policy: Modality) -> str:
-    """The modality's normalisation as its function describes itself."""
-    return (policy.normalise.__doc__ or "").splitlines()[0].rstrip(".")
 
 
 def _state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -356,9 +370,10 @@ def _readme(card: Card) -> str:
     name, channels = card.backbone.name, card.backbone.in_chans
     options = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(card.backbone, card.size).items())
     task = f"`{card.head.name}` of `{card.head.target}`: {', '.join(card.head.classes)}" if card.head else "backbone"
+    of = f"{channels}-channel" + (f" ({card.slices} neighbouring slices)" if card.slices > 1 else "")
     return f"""# {name}, {card.modality}, {card.method.get("name", "none")}
 
-{task}. {channels}-channel {card.modality} images, {image_size.in_words(card.size)} pixels, {card.normalisation}.
+{task}. {of} {card.modality} images, {image_size.in_words(card.size)} pixels, {card.normalisation}.
 Trained for {card.steps} steps on {card.data.images} images of {card.data.patients} patients
 (data fingerprint `{card.data.fingerprint[:16]}`). Licence of the weights: {card.licence}.
 Not a medical device: research use only.

@@ -20,6 +20,7 @@ from sslmed import artifact
 from sslmed.artifact import MANIFEST, Card, DataCard, HeadCard
 from sslmed.commands.verify import verify
 from sslmed.config import DataError, DiskError, MissingInputError
+from sslmed.data.modality import MODALITIES, in_words
 from sslmed.data.store import Store
 from sslmed.durable import sha256
 from sslmed.image_size import ImageSize, sides
@@ -46,7 +47,7 @@ def card(**changes: Any) -> Card:
         "num_features": 64,
         "size": SIZE,
         "modality": "xray",
-        "normalisation": "by value",
+        "normalisation": in_words(MODALITIES["xray"]),
         "method": {"name": "simclr"},
         "recipe": {"train": {"seed": 0}},
         "data": data,

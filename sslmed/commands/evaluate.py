@@ -16,8 +16,8 @@ import torch
 from sslmed import artifact, image_size
 from sslmed.artifact import Card
 from sslmed.config import DataError, DiskError, OutputExistsError, UsageError
+from sslmed.data.input import open_store
 from sslmed.data.loading import plain_loader
-from sslmed.data.modality import named
 from sslmed.data.store import Store
 from sslmed.durable import PARTIAL, write_json
 from sslmed.evaluation import comparison, probes
@@ -144,7 +144,7 @@ def evaluate(
     """
     wanted = parse(budgets)
     _check_numbers(seeds, replicates, size, workers)
-    card, store = artifact.read_card(model), Store(data)
+    card, store = artifact.read_card(model), open_store(data)
     _check_fits(card, store)
     folder = _free_folder(artifact.resolve(model), out)
     target = _target(store, target)
@@ -284,10 +284,13 @@ def _embed(
     workers: int,
     label: str,
 ) -> Features:
-    modality, channels = named(card.modality), card.backbone.in_chans
+    policy, channels = artifact.policy(card), card.backbone.in_chans
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the faster layout for convolutions
-    loaders = (plain_loader(store, rows, size, modality, channels=channels, workers=workers) for rows in sides)
+    loaders = (
+        plain_loader(store, rows, size, policy, channels=channels, slices=card.slices, workers=workers)
+        for rows in sides
+    )
     return Features(*(probes.embed(network, loader, label) for loader in loaders))
 
 

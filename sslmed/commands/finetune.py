@@ -1,5 +1,6 @@
 """``sslmed finetune``: a backbone and a few labels in, a model and its honest score out."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,14 +13,14 @@ from sslmed import artifact
 from sslmed.config import DataError, UsageError
 from sslmed.console import command
 from sslmed.data import modality
-from sslmed.data.loading import Rows, ViewDataset, plain_loader, steps_per_epoch
+from sslmed.data.input import check_channels, open_store
+from sslmed.data.loading import DataConfig, Rows, ViewDataset, plain_loader, steps_per_epoch
 from sslmed.data.modality import Modality
 from sslmed.data.store import Store
 from sslmed.durable import sha256
 from sslmed.evaluation import metrics, predictions, probes, protocol
 from sslmed.heads import HEADS
 from sslmed.heads.head import Head
-from sslmed.image_size import ImageSize
 from sslmed.models.backbones import Backbone, BackboneConfig, build
 from sslmed.recipe import FinetuneRecipe, changes, dump, load_finetune
 from sslmed.run import Run
@@ -95,11 +96,12 @@ class _Task:
     train: Rows
     val: Rows
     test: Rows
-    size: ImageSize
+    data: DataConfig
     channels: int
 
     def scores(self, head: Head, rows: Rows) -> probes.Floats:
-        loader = plain_loader(self.store, rows, self.size, self.policy, channels=self.channels)
+        data, channels = self.data, self.channels
+        loader = plain_loader(self.store, rows, data.size, self.policy, channels=channels, slices=data.slices)
         return probes.embed(head, loader).astype(np.float64)
 
 
@@ -131,10 +133,10 @@ def finetune(
         Interrupted: a signal; the checkpoint is saved.
     """
     settings = load_finetune(recipe, overrides)
-    store = Store(data)
-    backbone, config, size = _backbone(settings, start, store)
-    task = _task(settings, store, size, config.in_chans)
-    settings = _as_run(settings, task)
+    store = open_store(data)
+    backbone, config, settings = _backbone(settings, start, store)
+    task = _task(settings, store, config.in_chans)
+    settings = settings.model_copy(update={"train": _at_most(settings.train, len(task.train))})
     seed_everything(settings.train.seed)
     head = HEADS[settings.head.name](settings.head, backbone, len(store.classes(task.name)))  # type: ignore[attr-defined]
     score = _val_score(head, task)
@@ -154,16 +156,11 @@ def finetune(
 # The steps, in their order.
 
 
-def _as_run(settings: FinetuneRecipe, task: _Task) -> FinetuneRecipe:
-    """The recipe with what the card and the number of images decide filled in: what runs is what is recorded."""
-    data = settings.data.model_copy(update={"size": task.size})
-    return settings.model_copy(update={"data": data, "train": _at_most(settings.train, len(task.train))})
-
-
 def _fit(head: Head, task: _Task, settings: FinetuneRecipe, run: Run, score: Callable[[], float]) -> int:
     """Train to the end or to the early stop; the step of the best check, whose weights ``head`` then has."""
     train, seed = settings.train, settings.train.seed
-    dataset = ViewDataset(task.store, task.policy, (task.policy.view,), task.size, task.channels, seed, task.name)
+    views, data = (task.policy.view,), task.data
+    dataset = ViewDataset(task.store, task.policy, views, data.size, task.channels, seed, task.name, slices=data.slices)
     steps = steps_per_epoch(len(task.train), train.batch_size)
     monitor = Monitor(MonitorConfig(knn_every=0, collapse="off"), run, train.batch_size, steps)
     stop = EarlyStopping(settings.stop, run, head.metrics()[0], score)
@@ -193,7 +190,10 @@ def _result(
     )
 
 
-def _backbone(settings: FinetuneRecipe, start: str | Path, store: Store) -> tuple[Backbone, BackboneConfig, ImageSize]:
+def _backbone(
+    settings: FinetuneRecipe, start: str | Path, store: Store
+) -> tuple[Backbone, BackboneConfig, FinetuneRecipe]:
+    """What is trained, and the recipe with what a card decides filled in: what runs is what is recorded."""
     if settings.backbone is not None and settings.backbone.init != "random":
         raise UsageError(
             f"backbone.init is {settings.backbone.init}, but fine-tuning starts from what --from names; remove "
@@ -202,13 +202,7 @@ def _backbone(settings: FinetuneRecipe, start: str | Path, store: Store) -> tupl
     if str(start) == "random":
         if settings.backbone is None:
             raise UsageError("--from random needs a backbone in the recipe; add backbone.name=resnet18")
-        channels, stored = settings.backbone.in_chans, int(store.index.channels.max())
-        if channels < stored:
-            raise UsageError(
-                f"backbone.in_chans is {channels}, but the store holds {stored} channels; "
-                f"set backbone.in_chans={stored}"
-            )
-        return build(settings.backbone, settings.data.size, settings.train.seed), settings.backbone, settings.data.size
+        return build(settings.backbone, settings.data.size, settings.train.seed), settings.backbone, settings
     card = artifact.read_card(start)
     if settings.backbone is not None and settings.backbone.name != card.backbone.name:
         raise UsageError(
@@ -216,15 +210,26 @@ def _backbone(settings: FinetuneRecipe, start: str | Path, store: Store) -> tupl
             "remove backbone from the recipe, or use --from random"
         )
     artifact.check_fits(card, store.modality, int(store.index.channels.max()))
-    size = settings.data.size if "size" in settings.data.model_fields_set else card.size
-    return Backbone(artifact.load_backbone(start)), card.backbone, size
+    artifact.policy(card)  # refuses one that normalises otherwise
+    data = settings.data
+    for key, given, held in (("windows", data.windows, card.windows), ("slices", data.slices, card.slices)):
+        if key in data.model_fields_set and given != held:
+            raise UsageError(
+                f"data.{key} is {json.dumps(given)}, but {start} was trained with {json.dumps(held)}; remove data.{key}"
+            )
+    size = data.size if "size" in data.model_fields_set else card.size
+    data = data.model_copy(update={"size": size, "windows": card.windows, "slices": card.slices})
+    return Backbone(artifact.load_backbone(start)), card.backbone, settings.model_copy(update={"data": data})
 
 
-def _task(settings: FinetuneRecipe, store: Store, size: ImageSize, channels: int) -> _Task:
+def _task(settings: FinetuneRecipe, store: Store, channels: int) -> _Task:
     if settings.data.positives != "image":
         raise UsageError(
             f"data.positives is {settings.data.positives}, but fine-tuning compares no views; remove it from the recipe"
         )
+    policy = modality.with_windows(modality.named(store.modality), settings.data.windows)
+    policy = modality.with_views(policy, settings.views)
+    check_channels(channels, store, policy, settings.data.slices)
     name = settings.data.target or store.default_target()
     if name is None:
         raise DataError(f"the store {store.path} has no labels; ingest it with --labels, or with class folders")
@@ -236,8 +241,7 @@ def _task(settings: FinetuneRecipe, store: Store, size: ImageSize, channels: int
         raise DataError(f"labels.budget={settings.labels.budget}: {skipped[0].why}")
     if not len(test):
         raise DataError(f"no test patient of {store.path} has a label '{name}'; without them there is no honest score")
-    policy = modality.with_views(modality.named(store.modality), settings.views)
-    return _Task(store, policy, name, target, train[drawn[0].rows], val, test, size, channels)
+    return _Task(store, policy, name, target, train[drawn[0].rows], val, test, settings.data, channels)
 
 
 def _at_most(train: TrainConfig, images: int) -> TrainConfig:
@@ -297,9 +301,11 @@ def _write(
     card = artifact.Card(
         backbone=backbone,
         num_features=head.backbone.num_features,
-        size=task.size,
+        size=task.data.size,
         modality=task.policy.name,
-        normalisation=artifact.in_words(task.policy),
+        windows=task.data.windows,
+        slices=task.data.slices,
+        normalisation=modality.in_words(task.policy),
         method=settings.head.model_dump(mode="json"),
         recipe=settings.model_dump(mode="json"),
         data=data,

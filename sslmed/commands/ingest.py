@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -235,7 +235,7 @@ def _fill(writer: StoreWriter, read: Read[NewScan], wanted: Sequence[Unit], proc
         writer.skips[:] = [skip for skip in writer.skips if skip[0] < start]
         found.notes.append(f"went on after {start} of {len(wanted)} files or series that were read before")
     made = read_all(read, wanted, processes, start)
-    for number, scan in progress(made, len(wanted) - start, "ingest"):
+    for number, scan in _each(progress(made, len(wanted) - start, "ingest")):
         if isinstance(scan, Refused):
             writer.skip([number, scan.reason])
         elif number == start and ahead:
@@ -247,6 +247,10 @@ def _fill(writer: StoreWriter, read: Read[NewScan], wanted: Sequence[Unit], proc
         Skipped(found.name(wanted[number].paths[0]), reason, len(wanted[number].paths))
         for number, reason in writer.skips
     ]
+
+
+def _each(made: Iterable[tuple[int, Iterable[NewScan | Refused]]]) -> Iterator[tuple[int, NewScan | Refused]]:
+    return ((number, one) for number, scans in made for one in scans)
 
 
 def _all_bad(source: Path, found: Catalogue) -> str:

@@ -11,7 +11,9 @@ from sslmed import artifact
 from sslmed.config import DataError, UsageError
 from sslmed.console import command
 from sslmed.data import modality
+from sslmed.data.input import check_channels, open_store
 from sslmed.data.loading import Rows, ViewDataset, plain_loader, steps_per_epoch
+from sslmed.data.modality import Modality
 from sslmed.data.positives import Positives
 from sslmed.data.store import Store
 from sslmed.evaluation import metrics, probes
@@ -105,7 +107,7 @@ def pretrain(
         Interrupted: a signal; the checkpoint is saved.
     """
     settings = load_pretrain(recipe, overrides)
-    store = Store(data)
+    store = open_store(data)
     rows = _training_rows(store)
     settings.train.total_steps(len(rows))
     method, dataset, begun, notes = _assemble(settings, store)
@@ -143,7 +145,7 @@ def pretrain(
 def plan(recipe: str | Path, data: str | Path, *, overrides: Sequence[str] = ()) -> PretrainPlan:
     """What ``pretrain`` would do, from the recipe and the store's index alone."""
     settings = load_pretrain(recipe, overrides)
-    store = Store(data)
+    store = open_store(data)
     rows = _training_rows(store)
     method, _, begun, notes = _assemble(settings, store)
     parameters = sum(parameter.numel() for parameter in method.parameters())
@@ -170,7 +172,7 @@ def _training_rows(store: Store) -> Rows:
 
 def _assemble(settings: PretrainRecipe, store: Store) -> tuple[Method, ViewDataset, Start, tuple[str, ...]]:
     """Method, data and start weights, and what the user should know of method and data."""
-    policy = modality.with_views(modality.named(store.modality), settings.views)
+    policy = modality.with_views(_policy(settings, store), settings.views)
     seed_everything(settings.train.seed)
     begun = start(settings.backbone, settings.data.size, policy, settings.train.seed)
     if begun.card is not None and begun.card.head is not None:
@@ -178,17 +180,19 @@ def _assemble(settings: PretrainRecipe, store: Store) -> tuple[Method, ViewDatas
             f"{settings.backbone.init} was fine-tuned with labels, so that no later probe would have few labels.\n"
             "Start from the pretrained artifact that it came from"
         )
-    channels, stored = settings.backbone.in_chans, int(store.index.channels.max())
-    if channels < stored:
-        raise UsageError(
-            f"backbone.in_chans is {channels}, but the store holds {stored} channels; set backbone.in_chans={stored}"
-        )
+    channels, slices = settings.backbone.in_chans, settings.data.slices
+    check_channels(channels, store, policy, slices)
     method = METHODS[settings.method.name](settings.method, begun.backbone)  # type: ignore[attr-defined]
     positives = _positives(settings, method, store)
     notes = [positives.note()] if positives else []
     notes += method.notes(policy, settings.train.batch_size)
     views, size, seed = method.views(policy), settings.data.size, settings.train.seed
-    return method, ViewDataset(store, policy, views, size, channels, seed, None, positives), begun, tuple(notes)
+    dataset = ViewDataset(store, policy, views, size, channels, seed, None, positives, slices)
+    return method, dataset, begun, tuple(notes)
+
+
+def _policy(settings: PretrainRecipe, store: Store) -> Modality:
+    return modality.with_windows(modality.named(store.modality), settings.data.windows)
 
 
 def _positives(settings: PretrainRecipe, method: Method, store: Store) -> Positives | None:
@@ -235,18 +239,18 @@ def _probe(network: nn.Module, settings: PretrainRecipe, store: Store) -> Callab
     name = settings.data.target or store.default_target()
     if name is None or not settings.monitor.knn_every:
         return None
-    target, policy = store.target(name), modality.named(store.modality)
+    target, policy = store.target(name), _policy(settings, store)
     bank, queries = (_spread(rows[target[rows] >= 0]) for rows in (store.rows("train"), store.rows("val")))
     classes = len(store.classes(name))
     if not len(bank) or len(set(target[queries])) < 2:
         return None
 
     def score() -> dict[str, float]:
-        size, channels = settings.data.size, settings.backbone.in_chans
-        features = [
-            probes.embed(network, plain_loader(store, rows, size, policy, channels=channels))
-            for rows in (bank, queries)
-        ]
+        size, channels, slices = settings.data.size, settings.backbone.in_chans, settings.data.slices
+        loaders = (
+            plain_loader(store, rows, size, policy, channels=channels, slices=slices) for rows in (bank, queries)
+        )
+        features = [probes.embed(network, loader) for loader in loaders]
         scores = probes.knn_scores(features[0], target[bank], features[1], classes)
         return {"knn_val_auroc": float(metrics.auroc(target[queries], scores))}
 
@@ -260,13 +264,15 @@ def _spread(rows: Rows) -> Rows:
 def _card(
     settings: PretrainRecipe, store: Store, data: artifact.DataCard, begun: Start, method: Method, steps: int
 ) -> artifact.Card:
-    policy, settings = modality.named(store.modality), _worded(settings, begun.kind)
+    policy, settings = _policy(settings, store), _worded(settings, begun.kind)
     return artifact.Card(
         backbone=settings.backbone,
         num_features=method.backbone.num_features,
         size=settings.data.size,
         modality=policy.name,
-        normalisation=artifact.in_words(policy),
+        windows=settings.data.windows,
+        slices=settings.data.slices,
+        normalisation=modality.in_words(policy),
         method=settings.method.model_dump(mode="json"),
         recipe=settings.model_dump(mode="json"),
         data=data,

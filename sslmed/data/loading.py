@@ -12,14 +12,16 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sslmed.config import Config, SslmedError, TemporaryError, UsageError
+from sslmed.data.input import as_tensor, network_input
+from sslmed.data.intensity import window
 from sslmed.data.modality import Modality
 from sslmed.data.positives import Positives
 from sslmed.data.store import Store
-from sslmed.data.views import ALL, Augment, Pixels, ViewConfig, letterbox
+from sslmed.data.views import ALL, Augment, Pixels, ViewConfig
 from sslmed.data.workers import follow
 from sslmed.image_size import ImageSize
 from sslmed.keyed_rng import rng
@@ -40,6 +42,10 @@ class DataConfig(Config):
         positives: where the views of a sample but the first come from: its own ``image``, or another one of the same
             patient, study or series (``sslmed.data.positives``).
         neighbour_mm: how far apart in their series two neighbours may lie.
+        windows: of CT: the windows that are the network's channels, each a name of ``intensity.WINDOWS`` or (level,
+            width) in HU; by default one, from -1024 to 1024 HU.
+        slices: how many neighbouring slices of a volume, or frames of a clip, are the network's channels, an odd
+            number; the scan's first and last are repeated beyond its ends.
     """
 
     size: ImageSize = 96
@@ -47,6 +53,22 @@ class DataConfig(Config):
     target: str | None = None
     positives: Literal["image", "patient", "study", "neighbour"] = "image"
     neighbour_mm: Annotated[float, Field(gt=0)] = 5.0
+    windows: Annotated[tuple[str | tuple[float, float], ...], Field(max_length=8)] = ()
+    slices: Annotated[int, Field(ge=1, le=31)] = 1
+
+    @field_validator("windows")
+    @classmethod
+    def _windows_exist(cls, windows: tuple[str | tuple[float, float], ...]) -> tuple[str | tuple[float, float], ...]:
+        for each in windows:
+            window(each)
+        return windows
+
+    @field_validator("slices")
+    @classmethod
+    def _slices_have_a_middle(cls, slices: int) -> int:
+        if slices % 2 == 0:
+            raise ValueError("allowed: an odd number, as many on either side")
+        return slices
 
     def worker_count(self) -> int:
         """The number of worker processes."""
@@ -110,9 +132,11 @@ class ViewDataset(Dataset["Sample | SslmedError"]):
         seed: int,
         target: str | None,
         positives: Positives | None = None,
+        slices: int = 1,
     ) -> None:
         self.store = store
         self.channels = channels
+        self.slices = slices
         self.augment = Augment(views, size, modality.normalise, seed)
         self.target = None if target is None else store.target(target)
         self.positives = positives
@@ -125,7 +149,7 @@ class ViewDataset(Dataset["Sample | SslmedError"]):
             return error
         target = -1 if self.target is None else int(self.target[row])
         group = row if self.positives is None else int(self.positives.groups[row])
-        return Sample([_tensor(view, self.channels) for view in views], row, target, group, epoch)
+        return Sample([as_tensor(view, self.channels) for view in views], row, target, group, epoch)
 
     def _views(self, epoch: int, row: int) -> list[Pixels]:
         partner = row
@@ -133,16 +157,19 @@ class ViewDataset(Dataset["Sample | SslmedError"]):
             partner = self.positives.partner(row, rng(self.augment.seed, epoch, row, "partner"))
         views: list[Pixels] = []
         for source, which in [(row, ALL)] if partner == row else [(row, FIRST), (partner, OTHERS)]:
-            pixels, (low, high) = self.store.pixels(source), self.store.range(source)
-            views += self.augment(pixels, low, high, epoch=epoch, sample=row, which=which)
+            pixels, intensity = self.store.pixels(source, self.slices), self.store.intensity(source)
+            views += self.augment(pixels, intensity, epoch=epoch, sample=row, which=which)
         return views
 
 
 class PlainDataset(Dataset["Sample | SslmedError"]):
     """The given rows as the network sees them outside training: whole image, no augmentation."""
 
-    def __init__(self, store: Store, rows: Rows, modality: Modality, size: ImageSize, channels: int) -> None:
-        self.store, self.rows, self.modality, self.size, self.channels = store, rows, modality, size, channels
+    def __init__(
+        self, store: Store, rows: Rows, modality: Modality, size: ImageSize, channels: int, slices: int = 1
+    ) -> None:
+        self.store, self.rows, self.modality, self.size = store, rows, modality, size
+        self.channels, self.slices = channels, slices
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -150,10 +177,10 @@ class PlainDataset(Dataset["Sample | SslmedError"]):
     def __getitem__(self, position: int) -> "Sample | SslmedError":
         row = int(self.rows[position])
         try:
-            pixels = self.store.pixels(row)
+            pixels = self.store.pixels(row, self.slices)
         except SslmedError as error:
             return error
-        view = network_input(pixels, *self.store.range(row), self.modality, self.size, self.channels)
+        view = network_input(pixels, self.store.intensity(row), self.modality, self.size, self.channels)
         return Sample([view], row, -1, row, 0)
 
 
@@ -249,19 +276,13 @@ def plain_loader(
     modality: Modality,
     *,
     channels: int,
+    slices: int = 1,
     batch_size: int = 64,
     workers: int = 0,
 ) -> Loader:
     """Batches of one unaugmented view in the order of ``rows``."""
-    dataset = PlainDataset(store, rows, modality, size, channels)
+    dataset = PlainDataset(store, rows, modality, size, channels, slices)
     return Loader(dataset, batch_size=batch_size, collate_fn=Collate(0), **_worker_options(workers))
-
-
-def network_input(
-    pixels: Pixels, low: float, high: float, modality: Modality, size: ImageSize, channels: int
-) -> torch.Tensor:
-    """The tensor (C, height, width) of a whole image: letterboxed, then normalised."""
-    return _tensor(modality.normalise(letterbox(pixels, size, low), low, high), channels)
 
 
 class Collate:
@@ -283,15 +304,6 @@ class Collate:
         ids = torch.tensor([sample.row for sample in samples], dtype=torch.int64)
         groups = torch.tensor([sample.group for sample in samples], dtype=torch.int64)
         return Batch(views, target, ids, groups, self.seed, samples[0].epoch)
-
-
-def _tensor(view: Pixels, channels: int) -> torch.Tensor:
-    """(H, W) or (H, W, 3) -> (channels, H, W); grey is repeated for a network with colour input."""
-    planes = view[None] if view.ndim == 2 else view.transpose(2, 0, 1)
-    if len(planes) not in (1, channels):
-        raise UsageError(f"backbone.in_chans is {channels}, but the store holds {len(planes)}-channel images")
-    tensor = torch.from_numpy(np.ascontiguousarray(planes, dtype=np.float32))
-    return tensor.expand(channels, *tensor.shape[1:])
 
 
 def _worker_options(workers: int) -> dict[str, Any]:

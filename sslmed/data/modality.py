@@ -1,26 +1,32 @@
 """What kind of image this is: how its intensities become network input, and which augmentations keep its meaning.
 
-A modality is data, one frozen instance with two functions. A new one is an entry in `MODALITIES`; the contract tests
-run over it.
+A modality is data, one frozen instance with functions of ``sslmed.data.intensity`` and bounds. A new one is an entry in
+`MODALITIES`; the contract tests run over it.
 """
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
 
 from sslmed.config import DataError, UsageError
-from sslmed.data.scan import Scan
+from sslmed.data import intensity as of
+from sslmed.data import ultrasound
+from sslmed.data.intensity import Intensity, Normalise, Windowed
 from sslmed.data.views import ViewConfig
 
 Pixels = np.ndarray[Any, np.dtype[Any]]
+Kind = Literal["image", "volume", "clip"]
 
-NEARLY_GREY = 0.03  # 7 of 255 levels: JPEG at usual qualities; a coloured marker differs by far more
-_GEOMETRY = frozenset({"crop", "aspect", "rotate", "hflip"})
-_INTENSITY = frozenset({"brightness", "contrast", "gamma", "blur", "blur_sigma", "noise"})
+
+class Bound(NamedTuple):
+    """The least and the greatest number that a knob may have; of a range, that either end may have."""
+
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -31,10 +37,17 @@ class Modality:
         name: as in ``--modality`` and in store and card.
         channels: numbers of channels that a stored image may have.
         view: the default augmentation.
-        legal: the `ViewConfig` knobs that may be set; every other one stays at its neutral value.
-        intensity_range: pixels as stored -> (low, high) in stored units, low < high; taken once an image, at ingest.
-        normalise: (pixels, low, high) -> float32 of the same shape, standardised. Takes a crop too: low and high are
-            those of the whole image, so every view of it is scaled alike.
+        legal: the `ViewConfig` knobs that may be set, and how far; every other one stays at its neutral value.
+        intensity: pixels of a whole scan as stored, (H, W), (H, W, 3) or (D, H, W) -> what they are measured by; taken
+            once a scan, at ingest.
+        normalise: (pixels, intensity of their scan, window jitter) -> float32, standardised: (H, W), (H, W, 3) in
+            colour, or (H, W, n), n neighbouring slices. Takes a crop too: every view of a scan is scaled alike.
+        record: what decides stored pixels and intensities, in plain JSON: a store made otherwise is refused.
+        words: the normalisation as a card tells it.
+        kinds: of scans that are taken.
+        unit: what a value must mean.
+        prepare: (pixels, whether channels are behind) -> grey pixels as they are stored, where that takes more than
+            leaving them as they are.
         taken: DICOM's words for how such images are taken; an image that says another one is refused.
         upright: whether images have an up and a down; None where that depends.
         annotated: whether side markers or burned-in text are usual; None where that depends.
@@ -43,51 +56,36 @@ class Modality:
     name: str
     channels: tuple[int, ...]
     view: ViewConfig
-    legal: frozenset[str]
-    intensity_range: Callable[[Pixels], tuple[float, float]]
-    normalise: Callable[[Pixels, float, float], Pixels]
+    legal: Mapping[str, Bound]
+    intensity: Callable[[Pixels], Intensity]
+    normalise: Normalise
+    record: Mapping[str, Any]
+    words: str
+    kinds: tuple[Kind, ...] = ("image",)
+    unit: Literal["", "HU"] = ""
+    prepare: Callable[[Pixels, bool], Pixels] | None = None
     taken: frozenset[str] = frozenset()
     upright: bool | None = True
     annotated: bool | None = False
 
 
-def percentile_range(pixels: Pixels) -> tuple[float, float]:
-    """The 0.5 and 99.5 percentiles: never the dtype's range, which would crush 12-bit data in a 16-bit file.
-
-    An image where they meet gets its minimum and maximum, a constant image (value, value + 1).
-    """
-    low, high = (float(value) for value in np.percentile(pixels, (0.5, 99.5)))
-    if high <= low:
-        low, high = float(pixels.min()), float(pixels.max())
-    return (low, high) if high > low else (low, low + 1.0)
-
-
-def dtype_range(pixels: Pixels) -> tuple[float, float]:
-    """Zero and the dtype's greatest value: the colours of a photo are meant as they stand."""
-    return 0.0, float(np.iinfo(pixels.dtype).max) if pixels.dtype.kind in "ui" else 1.0
-
-
-def normalise_xray(pixels: Pixels, low: float, high: float) -> Pixels:
-    """(clip((x - low) / (high - low), 0, 1) - 0.5) / 0.25: about zero mean and unit deviation, in [-2, 2]."""
-    return np.asarray((_unit(pixels, low, high) - np.float32(0.5)) / np.float32(0.25))
-
-
-_IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-_IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
-
-
-def normalise_photo(pixels: Pixels, low: float, high: float) -> Pixels:
-    """(clip((x - low) / (high - low), 0, 1) - mean) / std, per channel with ImageNet's; grey takes their averages."""
-    unit = _unit(pixels, low, high)
-    if pixels.ndim == 3:
-        return (unit - _IMAGENET_MEAN) / _IMAGENET_STD
-    return np.asarray((unit - _IMAGENET_MEAN.mean()) / _IMAGENET_STD.mean())
-
-
-def _unit(pixels: Pixels, low: float, high: float) -> Pixels:
-    unit = (pixels.astype(np.float32) - np.float32(low)) / np.float32(high - low)
-    return np.asarray(np.clip(unit, np.float32(0), np.float32(1)))
-
+_PROBABILITY = Bound(0, 1)
+# Lesions are small: a crop of less than a sixth of a radiograph or slice mostly shows none, and a blur of more than a
+# pixel or so deletes them.
+_GEOMETRY = {
+    "crop": Bound(0.15, 1),
+    "aspect": Bound(0.5, 2),
+    "rotate": Bound(0, 45),
+    "hflip": _PROBABILITY,
+}
+_FINE = {"noise": Bound(0, 0.5), "blur": _PROBABILITY, "blur_sigma": Bound(0.05, 1.5)}
+_TONE = {"brightness": Bound(0, 1), "contrast": Bound(0, 0.8), "gamma": Bound(0, 0.7)}
+_ANY_CROP = {"crop": Bound(0.05, 1), "rotate": Bound(0, 180), "blur_sigma": Bound(0.05, 5)}
+_TURNS = {"vflip": _PROBABILITY, "rot90": _PROBABILITY}
+_UNIT_WORDS = "(clip((x - low) / (high - low), 0, 1) - 0.5) / 0.25: about zero mean and unit deviation, in [-2, 2]"
+_IMAGENET_WORDS = (
+    "(clip((x - low) / (high - low), 0, 1) - mean) / std, per channel with ImageNet's; grey takes their averages"
+)
 
 _XRAY = Modality(
     name="xray",
@@ -98,10 +96,59 @@ _XRAY = Modality(
     view=ViewConfig(
         crop=(0.3, 1.0), rotate=15, brightness=0.4, contrast=0.4, gamma=0.3, blur=0.2, blur_sigma=(0.1, 1.0)
     ),
-    legal=_GEOMETRY | _INTENSITY,
-    intensity_range=percentile_range,
-    normalise=normalise_xray,
+    legal=_GEOMETRY | _FINE | _TONE,
+    intensity=of.whole_image,
+    normalise=of.scaled,
+    record={"percentiles": list(of.PERCENTILES), "of": "image"},
+    words=_UNIT_WORDS,
     taken=frozenset({"CR", "DX", "MG", "XA", "RF", "RG", "IO", "PX", "OT"}),
+    annotated=True,
+)
+_CT = Modality(
+    name="ct",
+    channels=(1,),
+    # A value is a density: tones stay as they are but for the window that a reader chooses. Sides stay too, as liver
+    # and spleen do; hflip as in radiographs.
+    view=ViewConfig(crop=(0.3, 1.0), rotate=10, window=0.1, noise=0.05, blur=0.2, blur_sigma=(0.1, 1.0)),
+    legal=_GEOMETRY | _FINE | {"window": Bound(0, 0.1)},
+    intensity=of.hounsfield,
+    normalise=Windowed((of.WINDOWS["wide"],)),
+    record={"unit": "HU", "low": of.CT_LOW, "high": of.CT_HIGH},
+    words="(clip((x - low) / (high - low), 0, 1) - 0.5) / 0.25, low and high level -+ width / 2, low at least -1024",
+    kinds=("image", "volume"),
+    unit="HU",
+    taken=frozenset({"CT"}),
+)
+_MRI = Modality(
+    name="mri",
+    channels=(1,),
+    # Tones differ from scanner to scanner and mean nothing by themselves, but their order does.
+    view=ViewConfig(
+        crop=(0.3, 1.0), rotate=10, brightness=0.3, contrast=0.3, gamma=0.3, noise=0.1, blur=0.2, blur_sigma=(0.1, 1.0)
+    ),
+    legal=_GEOMETRY | _FINE | _TONE,
+    intensity=of.tissue,
+    normalise=of.scored,
+    record={"percentiles": list(of.PERCENTILES), "of": "foreground", "air": of.AIR, "voxels": of.MOST_SAMPLES},
+    words="(clip(x, low, high) - mean) / std of the foreground of the whole volume, at most 8 either way",
+    kinds=("image", "volume"),
+    taken=frozenset({"MR"}),
+)
+_ULTRASOUND = Modality(
+    name="ultrasound",
+    channels=(1,),
+    # The beam comes from above, and shadows fall downwards. Gain is set by hand, so tones may vary.
+    view=ViewConfig(
+        crop=(0.3, 1.0), rotate=10, brightness=0.4, contrast=0.4, gamma=0.3, blur=0.2, blur_sigma=(0.1, 1.0)
+    ),
+    legal=_GEOMETRY | _FINE | _TONE,
+    intensity=of.lit,
+    normalise=of.scaled,
+    record={"percentiles": list(of.PERCENTILES), "of": "sector", "sector": ultrasound.RECORD},
+    words=_UNIT_WORDS,
+    kinds=("image", "clip"),
+    prepare=ultrasound.beam,
+    taken=frozenset({"US", "IVUS"}),
     annotated=True,
 )
 _PHOTO = Modality(
@@ -110,9 +157,16 @@ _PHOTO = Modality(
     view=ViewConfig(
         crop=(0.2, 1.0), hflip=0.5, brightness=0.4, contrast=0.4, colour=0.2, grey=0.2, blur=0.5, blur_sigma=(0.1, 2.0)
     ),
-    legal=_GEOMETRY | _INTENSITY | {"vflip", "rot90", "colour", "grey", "solarize"},
-    intensity_range=dtype_range,
-    normalise=normalise_photo,
+    legal=_GEOMETRY
+    | _FINE
+    | _TONE
+    | _ANY_CROP
+    | _TURNS
+    | {"colour": Bound(0, 0.8), "grey": _PROBABILITY, "solarize": _PROBABILITY},
+    intensity=of.dtype_range,
+    normalise=of.as_imagenet,
+    record={"range": "dtype"},
+    words=_IMAGENET_WORDS,
     upright=None,
     annotated=None,
     taken=frozenset({"XC", "ES", "GM", "OP", "DMS", "OT"}),
@@ -133,13 +187,17 @@ _HISTOLOGY = Modality(
         blur=0.2,
         blur_sigma=(0.1, 1.0),
     ),
-    legal=_GEOMETRY | _INTENSITY | {"vflip", "rot90", "stain"},
-    intensity_range=dtype_range,
-    normalise=normalise_photo,
+    legal=_GEOMETRY | _FINE | _TONE | _ANY_CROP | _TURNS | {"stain": Bound(0, 0.5), "blur_sigma": Bound(0.05, 2)},
+    intensity=of.dtype_range,
+    normalise=of.as_imagenet,
+    record={"range": "dtype"},
+    words=_IMAGENET_WORDS,
     upright=False,
     taken=frozenset({"SM", "GM"}),
 )
-MODALITIES: dict[str, Modality] = {modality.name: modality for modality in (_XRAY, _HISTOLOGY, _PHOTO)}
+MODALITIES: dict[str, Modality] = {
+    modality.name: modality for modality in (_CT, _MRI, _XRAY, _ULTRASOUND, _HISTOLOGY, _PHOTO)
+}
 
 
 def named(name: str) -> Modality:
@@ -155,51 +213,7 @@ def named(name: str) -> Modality:
     return MODALITIES[name]
 
 
-def accept_scan(modality: Modality, scan: Scan) -> Pixels:
-    """The pixels of a scan as the store keeps them; see `accept`.
-
-    Raises:
-        DataError: a volume, a clip, an image that was taken in another way, true colour in a grey modality.
-    """
-    sort = f" ({scan.modality})" if scan.modality else ""
-    if scan.kind != "image":
-        shape = " x ".join(str(side) for side in scan.pixels.shape[:3])
-        raise DataError(
-            f"is a {scan.kind} of {shape} pixels{sort}, not one image: not read by modality {modality.name}"
-        )
-    if scan.modality in ("CT", "MR", "PT"):
-        raise DataError(f"is a slice of a series{sort}, not a whole image: not read by modality {modality.name}")
-    if scan.modality and scan.modality not in modality.taken:
-        allowed = ", ".join(sorted(modality.taken))
-        raise DataError(f"was taken as {scan.modality}: not read by modality {modality.name}, which takes {allowed}")
-    return accept(modality, scan.pixels)
-
-
-def accept(modality: Modality, pixels: Pixels) -> Pixels:
-    """The pixels as the store keeps them: (H, W) or, where the modality has colour, (H, W, 3); dtype unchanged.
-
-    A grey picture saved as RGB becomes one channel where the modality takes only grey: the first of equal channels, or
-    their mean where JPEG's colour coding has parted them by no more than ``NEARLY_GREY`` of the dtype's range.
-
-    Raises:
-        DataError: true colour in a grey modality.
-    """
-    if pixels.ndim == 2 or 3 in modality.channels:
-        return pixels
-    first = pixels[..., 0]
-    if all(np.array_equal(first, pixels[..., channel]) for channel in range(1, pixels.shape[2])):
-        return np.ascontiguousarray(first)
-    spread = pixels.max(axis=2) - pixels.min(axis=2)  # cannot overflow: both are of one unsigned dtype
-    if spread.max() <= NEARLY_GREY * np.iinfo(pixels.dtype).max:
-        mean: Pixels = np.rint(pixels.mean(axis=2)).astype(pixels.dtype)
-        return mean
-    raise DataError(
-        f"is in colour, but {modality.name} images are grey; save it as grey (after cutting off coloured annotations), "
-        "or ingest it with --modality photo if its colours mean something"
-    )
-
-
-def with_views(modality: Modality, overrides: dict[str, object]) -> Modality:
+def with_views(modality: Modality, overrides: Mapping[str, object]) -> Modality:
     """The modality with some knobs of its default view changed.
 
     Raises:
@@ -209,17 +223,29 @@ def with_views(modality: Modality, overrides: dict[str, object]) -> Modality:
         if knob not in ViewConfig.model_fields:
             raise UsageError(f"'views.{knob}' is not a known key{_guess(knob, ViewConfig.model_fields)}")
     try:
-        view = ViewConfig.model_validate(modality.view.model_dump() | overrides)
+        view = ViewConfig.model_validate(modality.view.model_dump() | dict(overrides))
     except ValidationError as error:
         problem = error.errors()[0]
+        if not problem["loc"]:  # of two numbers that do not go together
+            raise UsageError(f"views: {problem['msg'].removeprefix('Value error, ')}") from None
         knob = ".".join(["views", *(str(part) for part in problem["loc"])])
         raise UsageError(f"'{knob}' is {problem['input']!r}: {problem['msg']}") from None
-    for knob in sorted(set_knobs(view) - modality.legal):
+    for knob in sorted(set_knobs(view)):
+        _check_knob(modality, knob, getattr(view, knob))
+    return replace(modality, view=view)
+
+
+def _check_knob(modality: Modality, knob: str, value: Any) -> None:
+    if knob not in modality.legal:
         raise UsageError(
-            f"'views.{knob}' is {getattr(view, knob)}, but a {modality.name} image does not keep its meaning under it; "
+            f"'views.{knob}' is {value}, but {modality.name} images do not keep their meaning under it; "
             f"remove the key. Allowed for {modality.name}: {', '.join(sorted(modality.legal))}"
         )
-    return replace(modality, view=view)
+    low, high = modality.legal[knob]
+    numbers = value if isinstance(value, tuple) else (value,)
+    if not all(low <= number <= high for number in numbers):
+        shown = list(value) if isinstance(value, tuple) else value
+        raise UsageError(f"'views.{knob}' is {shown}; allowed for {modality.name}: from {low:g} to {high:g}")
 
 
 def changed_knobs(modality: Modality) -> set[str]:
@@ -231,6 +257,56 @@ def changed_knobs(modality: Modality) -> set[str]:
 def set_knobs(view: ViewConfig) -> set[str]:
     """The knobs that do something: a number other than 0; a range always does."""
     return {knob for knob in ViewConfig.model_fields if isinstance(getattr(view, knob), tuple) or getattr(view, knob)}
+
+
+def with_windows(modality: Modality, windows: Sequence[str | tuple[float, float]]) -> Modality:
+    """The modality with a channel for each window: a name of ``intensity.WINDOWS``, or (level, width) in HU.
+
+    Raises:
+        UsageError: the modality has no windows, or there is no window of such a name.
+    """
+    if not windows:
+        return modality
+    if not isinstance(modality.normalise, Windowed):
+        raise UsageError(f"data.windows is for ct, whose values have a unit; remove it for {modality.name}")
+    try:
+        found = tuple(of.window(each) for each in windows)
+    except ValueError as error:
+        raise UsageError(f"data.windows: {error}") from error
+    return replace(modality, normalise=Windowed(found))
+
+
+def planes_of(modality: Modality) -> int:
+    """The network's planes that a stored channel becomes: 1, or as many as there are windows."""
+    return len(modality.normalise.windows) if isinstance(modality.normalise, Windowed) else 1
+
+
+def in_words(modality: Modality) -> str:
+    """The normalisation, as cards have it."""
+    if not isinstance(modality.normalise, Windowed):
+        return modality.words
+    windows = "; ".join(f"{level:g}/{width:g}" for level, width in modality.normalise.windows)
+    return f"{modality.words}, for level/width {windows} HU"
+
+
+def policy_record(modality: Modality) -> dict[str, Any]:
+    """What decides the pixels and intensities that a store of this modality holds, in plain JSON."""
+    return {"name": modality.name, **modality.record}
+
+
+def refuse_other_policy(record: Mapping[str, Any], where: str) -> None:
+    """Refuse a store that was made by another policy than today's of the same name.
+
+    Raises:
+        DataError: with what differs.
+    """
+    today = policy_record(named(record["name"]))
+    if different := [key for key in sorted(today.keys() | record.keys()) if today.get(key) != record.get(key)]:
+        told = "; ".join(f"{key} {record.get(key, 'none')} there, {today.get(key, 'none')} here" for key in different)
+        raise DataError(
+            f"{where} was made by another policy for {record['name']} than this sslmed has: {told}.\n"
+            "Ingest the images again, or use the sslmed that made the store."
+        )
 
 
 def _guess(given: str, allowed: Iterable[str]) -> str:

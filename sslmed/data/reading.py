@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 from sslmed.config import DataError, TemporaryError
 from sslmed.data import readers
 from sslmed.data.acceptance import accept_scan
+from sslmed.data.facing import facing
 from sslmed.data.modality import Modality, named
 from sslmed.data.scan import Scan
 from sslmed.data.views import Pixels
@@ -71,7 +72,7 @@ class Read(Generic[T]):
         scans = self._scans(unit)
         while True:
             try:
-                scan = next(scans)
+                scan = facing(next(scans))
             except StopIteration:
                 return
             except DataError as error:
@@ -192,14 +193,12 @@ def units(
 
 def read_all(
     read: Read[T], wanted: Sequence[Unit], processes: Pool, start: int = 0
-) -> Iterator[tuple[int, T | Refused]]:
-    """Each unit's number, once for everything that `Read` gives for it, from unit ``start`` on, in order."""
+) -> Iterator[tuple[int, Iterable[T | Refused]]]:
+    """Each unit's number and what `Read` gives for it, from unit ``start`` on, in order; to be taken at once."""
     streamed = Streamed(read, lazily=processes.alone)
     batches = _batches(wanted, start)
     for first, results in processes.map(streamed, batches, here=streamed.here):
-        for number, made in enumerate(results, start=first):
-            for one in made:
-                yield number, one
+        yield from enumerate(results, start=first)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Its intensity transforms clip float32 to [0, 1]; those here are a line or two of
 import math
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -16,14 +16,15 @@ from pydantic import Field, model_validator
 
 from sslmed.config import Config
 from sslmed.data import stain
+from sslmed.data.intensity import STILL, Intensity, Jitter, Normalise
 from sslmed.image_size import ImageSize, sides
 from sslmed.keyed_rng import rng
 
 Pixels = np.ndarray[Any, np.dtype[Any]]
-Normalise = Callable[[Pixels, float, float], Pixels]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0, le=1)]
 ALL = slice(None)
+MOST_PLANES = 4  # that OpenCV averages at once
 
 
 class ViewConfig(Config):
@@ -47,6 +48,8 @@ class ViewConfig(Config):
         colour: greatest relative change of each colour channel by itself (photo only).
         grey: probability of dropping the colour (photo only).
         stain: strength of the change of haematoxylin, eosin and DAB (histology only; ``sslmed.data.stain``).
+        window: greatest shift of a window's level, and greatest change of its width, either way, in units of its own
+            width (CT only).
     """
 
     crop: tuple[float, float] = (0.5, 1.0)
@@ -62,6 +65,7 @@ class ViewConfig(Config):
     blur_sigma: tuple[float, float] = (0.1, 1.0)
     solarize: Probability = 0.0
     stain: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    window: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     noise: Strength = 0.0
     colour: Strength = 0.0
     grey: Probability = 0.0
@@ -90,11 +94,14 @@ class Augment:
         self._geometry: list[Any] | None = None
 
     def __call__(
-        self, pixels: Pixels, low: float, high: float, *, epoch: int, sample: int, which: slice = ALL
+        self, pixels: Pixels, intensity: Intensity, *, epoch: int, sample: int, which: slice = ALL
     ) -> list[Pixels]:
-        """The views of ``pixels`` (H, W) or (H, W, 3) in ``epoch``: float32, of the input's size, (h, w) or (h, w, 3).
+        """The views in ``epoch``: float32, of the input's size, (h, w) or (h, w, n) as the modality normalises them.
 
-        ``which`` of the sample's views, when the others are made of another image.
+        Args:
+            pixels: (H, W), (H, W, 3) in colour, or (H, W, n), n neighbouring slices.
+            intensity: of the scan that they belong to.
+            which: of the sample's views, when the others are made of another image.
         """
         if self._geometry is None:
             self._geometry = [_geometry(config, self.size) for config in self.configs]
@@ -105,9 +112,10 @@ class Augment:
             geometry.set_random_state(stream, random.Random(int(stream.integers(2**63))))  # noqa: S311
             view = geometry(image=pixels)["image"]
             if config.stain and view.ndim == 3:  # before standardisation: densities are logarithms of the light
-                unit = np.clip((view.astype(np.float32) - low) / (high - low), 0, 1)
-                view = stain.jitter(unit, config.stain, stream) * (high - low) + low
-            view = self.normalise(view, low, high)
+                low, span = intensity.low, intensity.high - intensity.low
+                unit = np.clip((view.astype(np.float32) - low) / span, 0, 1)
+                view = stain.jitter(unit, config.stain, stream) * span + low
+            view = self.normalise(view, intensity, _jitter(config, stream))
             views.append(_intensity(view, config, stream))
         return views
 
@@ -116,18 +124,28 @@ class Augment:
 
 
 def letterbox(pixels: Pixels, size: ImageSize, fill: float) -> Pixels:
-    """The whole image inside a box of ``size`` pixels: aspect kept, nothing cut off, the rest ``fill``."""
-    cv2 = _cv2()
-    height, width = pixels.shape[:2]
+    """The whole image (H, W) or (H, W, n) in a box of ``size`` pixels: aspect kept, nothing cut off, the rest ``fill``.
+
+    Pixels that hold whole numbers are filled with the next one below, so that no ``low`` ends above itself.
+    """
+    top, left, new_height, new_width = placed(pixels.shape[:2], size)
+    smaller = new_height * new_width < pixels.shape[0] * pixels.shape[1]
+    resized = _resize(pixels, (new_height, new_width), averaged=smaller)
+    if pixels.dtype.kind in "ui":
+        limits = np.iinfo(pixels.dtype)
+        fill = min(max(math.floor(fill), limits.min), limits.max)
+    canvas = np.full((*sides(size), *pixels.shape[2:]), fill, dtype=pixels.dtype)
+    canvas[top : top + new_height, left : left + new_width] = resized
+    return canvas
+
+
+def placed(shape: tuple[int, ...], size: ImageSize) -> tuple[int, int, int, int]:
+    """Where `letterbox` puts an image of (height, width): top, left, height and width inside the box."""
+    height, width = shape
     box_height, box_width = sides(size)
     scale = min(box_height / height, box_width / width)
     new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
-    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    resized = cv2.resize(pixels, (new_width, new_height), interpolation=method)
-    canvas = np.full((box_height, box_width, *pixels.shape[2:]), fill, dtype=pixels.dtype)
-    top, left = (box_height - new_height) // 2, (box_width - new_width) // 2
-    canvas[top : top + new_height, left : left + new_width] = resized
-    return canvas
+    return (box_height - new_height) // 2, (box_width - new_width) // 2, new_height, new_width
 
 
 def shrink(pixels: Pixels, size: int) -> Pixels:
@@ -136,9 +154,26 @@ def shrink(pixels: Pixels, size: int) -> Pixels:
     scale = size / min(height, width)
     if scale >= 1:
         return pixels
+    return _resize(pixels, (max(size, round(height * scale)), max(size, round(width * scale))), averaged=True)
+
+
+def _resize(pixels: Pixels, shape: tuple[int, int], averaged: bool) -> Pixels:
+    """(H, W) or (H, W, n) to (height, width): over areas, or linearly between pixels."""
     cv2 = _cv2()
-    shape = (max(size, round(width * scale)), max(size, round(height * scale)))
-    return np.asarray(cv2.resize(pixels, shape, interpolation=cv2.INTER_AREA))
+    method = cv2.INTER_AREA if averaged else cv2.INTER_LINEAR
+    parts = [pixels]
+    if pixels.ndim == 3:
+        parts = [pixels[..., start : start + MOST_PLANES] for start in range(0, pixels.shape[2], MOST_PLANES)]
+    made = [cv2.resize(np.ascontiguousarray(part), shape[::-1], interpolation=method) for part in parts]
+    if len(made) == 1:
+        return np.asarray(made[0].reshape(*shape, *pixels.shape[2:]))  # a single plane has lost its axis
+    return np.concatenate([part.reshape(*shape, -1) for part in made], axis=2)
+
+
+def _jitter(config: ViewConfig, stream: np.random.Generator) -> Jitter:
+    if not config.window:
+        return STILL
+    return Jitter(stream.uniform(-config.window, config.window), 1 + stream.uniform(-config.window, config.window))
 
 
 def _geometry(config: ViewConfig, size: ImageSize) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 from sslmed import artifact
 from sslmed.artifact import Card, DataCard
 from sslmed.config import MissingInputError, UsageError
-from sslmed.data.modality import Modality
+from sslmed.data.modality import Modality, in_words
 from sslmed.durable import sha256
 from sslmed.image_size import ImageSize
 from sslmed.models.backbones import Backbone, BackboneConfig, build, published
@@ -116,7 +116,7 @@ def _from_artifact(config: BackboneConfig, policy: Modality, backbone: Backbone)
     lines = report.lines()
     if card.modality != policy.name:
         lines.append(f"note: the weights were trained on {card.modality} images; the store holds {policy.name}")
-    normalisation = artifact.in_words(policy)
+    normalisation = in_words(policy)
     if card.normalisation != normalisation:
         lines.append(f"note: intensities were normalised otherwise there: {card.normalisation}; here: {normalisation}")
     return Start(backbone, "artifact", sha256(path), folder, card, tuple(lines))

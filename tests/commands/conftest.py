@@ -82,9 +82,9 @@ class Reads:
         self.rows: list[int] = []
         pixels = Store.pixels
 
-        def noted(store: Store, row: int) -> np.ndarray:
+        def noted(store: Store, row: int, slices: int = 1) -> np.ndarray:
             self.rows.append(int(row))
-            return pixels(store, row)
+            return pixels(store, row, slices)
 
         patch.setattr(Store, "pixels", noted)
 

@@ -68,10 +68,10 @@ def test_a_series_is_one_scan_in_the_order_of_its_places(write: Write, tmp_path:
     result, store = made(tmp_path)
     assert (result.scans, result.images, result.patients) == (2, 7, 2)
     assert [int(store.pixels(row)[20, 5]) for row in range(7)] == [0, 200, 400, 600, 1000, 1300, 1600]
-    assert int(store.pixels(3)[0, 0]) == -1000
+    assert int(store.pixels(3)[-1, 0]) == -1000  # the front of the patient, which DICOM has first
     assert store.scans.spacing.tolist() == [[2, 0.5, 0.25], [3, 0.5, 0.25]]
     assert len({store.intensity(row) for row in range(7)}) == 1  # HU: the same for all
-    np.testing.assert_allclose(store.volume(1).affine @ [0, 0, 0, 1], [10, -20, 10, 1])
+    np.testing.assert_allclose(store.volume(1).affine @ [0, 39, 31, 1], [10, -20, 10, 1])
     assert store.meta("series").tolist() == [1] * 4 + [2] * 3
     assert store.meta("position").tolist() == [0, 2, 4, 6, 0, 3, 6]
     assert store.meta("study").tolist() == [1] * 4 + [2] * 3

@@ -34,7 +34,8 @@ def predicted(tuned: FinetuneResult, phantom_images: Path, tmp_path_factory: pyt
 
 def test_the_table(predicted: Path, phantom_images: Path) -> None:
     rows = table(predicted)
-    assert list(rows[0]) == ["file", "predicted", "probability:clear", "probability:nodule"]
+    assert list(rows[0]) == ["file", "part", "images", "predicted", "probability:clear", "probability:nodule"]
+    assert {(row["part"], row["images"]) for row in rows} == {("", "1")}
     readable = [path for path in find(phantom_images) if "broken" not in path.name]
     assert [row["file"] for row in rows] == [path.relative_to(phantom_images).as_posix() for path in readable]
     assert len(rows) > predicting.BATCH  # several batches

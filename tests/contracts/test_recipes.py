@@ -9,6 +9,7 @@ from sslmed.commands.finetune import finetune
 from sslmed.commands.ingest import ingest
 from sslmed.commands.pretrain import pretrain
 from sslmed.data.modality import MODALITIES
+from sslmed.data.phantom_scans import write_scans
 from sslmed.data.store import Store
 from sslmed.recipe import PretrainRecipe, dump, load
 from sslmed.shipped import Shipped, shipped
@@ -39,11 +40,15 @@ def test_a_shipped_recipe(recipe: Shipped, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def stores(phantom_store: Store, phantom_images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def stores(phantom_store: Store, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A store of each modality's own phantoms."""
     found = {"xray": phantom_store.path}
     for name in MODALITIES.keys() - found.keys():
-        found[name] = tmp_path_factory.mktemp(name) / "store"
-        ingest(phantom_images, found[name], modality=name, labels=phantom_images / "labels.csv")
+        folder = tmp_path_factory.mktemp(name)
+        drawn = write_scans(folder / "raw", name)
+        found[name] = folder / "store"
+        result = ingest(drawn.folder, found[name], modality=name, labels=drawn.labels)
+        assert result.scans == drawn.scans, [skipped.reason for skipped in result.skipped]
     return found
 
 
@@ -58,10 +63,9 @@ def test_every_shipped_recipe_runs_two_steps(stores: dict[str, Path], tmp_path: 
         recipe = load(each.name)
         out = tmp_path / each.name.replace("/", "-")
         if isinstance(recipe, PretrainRecipe):
-            assert (
-                pretrain(each.name, stores[each.name.split("/")[0]], out, overrides=[*settings, "data.size=32"]).steps
-                == 2
-            )
+            done = pretrain(each.name, stores[each.name.split("/")[0]], out, overrides=[*settings, "data.size=32"])
+            assert done.steps == 2
         else:
-            small = [*settings, "backbone.name=test_resnet", "data.size=32"]
+            channels = int(Store(stores[each.name.split("/")[0]]).index.channels.max())
+            small = [*settings, "backbone.name=test_resnet", f"backbone.in_chans={channels}", "data.size=32"]
             assert finetune(each.name, stores[each.name.split("/")[0]], out, overrides=small).best_step == 2

@@ -3,14 +3,18 @@ import os
 import pickle
 import signal
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import ranks
 import torch
 
-from sslmed.config import UsageError
+from sslmed.config import DataError, UsageError
+from sslmed.data.input import check_channels, network_input, open_store
+from sslmed.data.intensity import Intensity
 from sslmed.data.loading import (
     MOST_WORKERS,
     Batch,
@@ -18,12 +22,11 @@ from sslmed.data.loading import (
     DataConfig,
     StreamSampler,
     ViewDataset,
-    network_input,
     plain_loader,
     steps_per_epoch,
     stream_loader,
 )
-from sslmed.data.modality import MODALITIES
+from sslmed.data.modality import MODALITIES, with_windows
 from sslmed.data.store import Store
 from sslmed.data.views import letterbox
 
@@ -36,6 +39,10 @@ Address = tuple[int, int]
 
 def stream(batch_size: int = 4, steps: int = 12, seed: int = 0, **how: int) -> list[list[Address]]:
     return list(StreamSampler(ROWS, batch_size, steps, seed, **how))
+
+
+def between(low: float, high: float) -> Intensity:
+    return Intensity(low, high, (low + high) / 2, (high - low) / 4)
 
 
 def flat(batches: list[list[Address]]) -> list[Address]:
@@ -213,8 +220,9 @@ def test_plain_batches_come_in_the_order_of_the_rows(batch_size: int, phantom_st
     assert torch.cat([batch.ids for batch in seen]).tolist() == rows.tolist()
     images = torch.cat([batch.views[0] for batch in seen])
     for row, image in zip(rows.tolist(), images, strict=True):
-        low, high = phantom_store.range(row)
-        expected = XRAY.normalise(letterbox(phantom_store.pixels(row), SIZE, low), low, high)
+        intensity = phantom_store.intensity(row)
+        boxed = letterbox(phantom_store.pixels(row), SIZE, intensity.low)
+        expected = XRAY.normalise(boxed, intensity)
         np.testing.assert_array_equal(image[0].numpy(), expected)
 
 
@@ -229,7 +237,7 @@ def test_an_input_that_is_not_square(phantom_store: Store) -> None:
 
 def test_network_input_pads_with_the_darkest_value() -> None:
     image = np.full((10, 40), 3000, np.uint16)
-    tensor = network_input(image, 1000, 3000, XRAY, 40, 1)
+    tensor = network_input(image, between(1000, 3000), XRAY, 40, 1)
     assert tensor.shape == (1, 40, 40)
     assert tensor[0, 20, 20] == 2
     assert tensor[0, 0, 0] == -2
@@ -237,7 +245,7 @@ def test_network_input_pads_with_the_darkest_value() -> None:
 
 def test_grey_is_repeated_for_a_network_with_colour_input() -> None:
     image = np.random.default_rng(0).integers(0, 4096, (40, 40), dtype=np.uint16)
-    one, three = (network_input(image, 0, 4095, XRAY, SIZE, channels) for channels in (1, 3))
+    one, three = (network_input(image, between(0, 4095), XRAY, SIZE, channels) for channels in (1, 3))
     assert three.shape == (3, SIZE, SIZE)
     assert torch.equal(three, one.expand(3, -1, -1))
 
@@ -245,12 +253,80 @@ def test_grey_is_repeated_for_a_network_with_colour_input() -> None:
 def test_colour_goes_channels_first_and_never_into_a_grey_network() -> None:
     image = np.zeros((8, 8, 3), np.uint8)
     image[..., 2] = 255
-    tensor = network_input(image, 0, 255, PHOTO, 8, 3)
+    tensor = network_input(image, between(0, 255), PHOTO, 8, 3)
     assert tensor.shape == (3, 8, 8)
     assert (tensor[2] > 2).all()
     assert (tensor[:2] < 0).all()
     with pytest.raises(UsageError, match=r"backbone\.in_chans is 1.*3-channel"):
-        network_input(image, 0, 255, PHOTO, 8, 1)
+        network_input(image, between(0, 255), PHOTO, 8, 1)
+
+
+# Windows and slices.
+
+
+class Volumes(NamedTuple):
+    """As much of a store as is asked how many planes an image has."""
+
+    channels: int
+    depth: int
+
+    @property
+    def index(self) -> Any:
+        return SimpleNamespace(channels=np.array([self.channels]))
+
+    @property
+    def scans(self) -> Any:
+        return SimpleNamespace(depth=np.array([1, self.depth]))
+
+
+@pytest.mark.parametrize(
+    ("channels", "held", "windows", "slices", "words"),
+    [
+        (1, Volumes(1, 9), (), 1, None),
+        (3, Volumes(1, 9), (), 1, None),  # a single plane is repeated
+        (3, Volumes(1, 9), ("lung", "bone", "brain"), 1, None),
+        (9, Volumes(1, 9), ("lung", "bone", "brain"), 3, None),
+        (1, Volumes(1, 9), ("lung", "bone"), 1, r"in_chans is 1, but an image becomes 2 windows; set .*in_chans=2"),
+        (3, Volumes(1, 9), ("lung", "bone"), 3, r"an image becomes 3 slices x 2 windows; set backbone\.in_chans=6"),
+        (1, Volumes(1, 9), (), 5, r"an image becomes 5 slices; set backbone\.in_chans=5"),
+        (1, Volumes(3, 1), (), 1, r"the store holds 3 channels; set backbone\.in_chans=3"),
+        (3, Volumes(1, 1), (), 3, r"data\.slices is 3, but the store holds single images only"),
+        (9, Volumes(3, 4), (), 3, r"data\.slices is 3, but the store holds images in colour"),
+    ],
+)
+def test_the_planes_of_an_image_must_be_the_channels_of_the_network(
+    channels: int, held: Any, windows: tuple[str, ...], slices: int, words: str | None
+) -> None:
+    policy = with_windows(MODALITIES["ct"], windows)
+    if words is None:
+        check_channels(channels, held, policy, slices)
+        return
+    with pytest.raises(UsageError, match=words):
+        check_channels(channels, held, policy, slices)
+
+
+def test_windows_and_slices_are_planes_of_the_input() -> None:
+    stack = np.random.default_rng(0).integers(-1024, 1024, (20, 24, 3)).astype(np.int16)
+    policy = with_windows(MODALITIES["ct"], ("lung", "bone"))
+    intensity = policy.intensity(stack)
+    found = network_input(stack, intensity, policy, 32, 6)
+    assert found.shape == (6, 32, 32)
+    for number, name in enumerate(("lung", "bone")):
+        for place in range(3):
+            alone = with_windows(MODALITIES["ct"], (name,))
+            expected = network_input(stack[..., place], intensity, alone, 32, 1)
+            assert torch.equal(found[3 * number + place], expected[0])
+    assert (found[:, 0, 0] == -2).all()  # what the letterbox adds is air
+    with pytest.raises(UsageError, match=r"in_chans is 3.*6-channel"):
+        network_input(stack, intensity, policy, 32, 3)
+
+
+def test_a_store_of_another_policy_is_not_opened(phantom_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert open_store(phantom_store.path).fingerprint == phantom_store.fingerprint
+    other = replace(XRAY, record={"percentiles": [2, 98], "of": "image"})
+    monkeypatch.setitem(MODALITIES, "xray", other)
+    with pytest.raises(DataError, match=r"made by another policy for xray.*percentiles \[0.5, 99.5\] there, \[2, 98\]"):
+        open_store(phantom_store.path)
 
 
 # Settings.
@@ -267,6 +343,7 @@ def test_auto_leaves_two_cores_to_the_trainer(cores: int, workers: int, monkeypa
     "settings",
     [
         *({"size": 8}, {"size": (32,)}, {"size": (32, 8)}, {"size": (32, 32, 32)}, {"sizes": 96}),
+        *({"windows": ["lungs"]}, {"windows": [[40, 0]]}, {"slices": 2}, {"slices": 0}, {"slices": 33}),
         *({"workers": -1}, {"workers": "many"}, {"positives": "twin"}, {"neighbour_mm": 0}),
     ],
 )

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from sslmed.config import DataError, OutputExistsError
-from sslmed.data.modality import MODALITIES, accept
+from sslmed.data.acceptance import accept
+from sslmed.data.modality import MODALITIES
 from sslmed.data.phantoms import CLASSES, Phantoms, anatomy, phantom, write_phantoms
 from sslmed.data.readers import find, read
 

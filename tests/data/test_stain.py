@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from sslmed.data.intensity import Intensity
 from sslmed.data.modality import MODALITIES
 from sslmed.data.stain import RGB_FROM_HED, jitter
 from sslmed.data.views import Augment, ViewConfig
@@ -36,16 +37,16 @@ def test_black_and_white_stay_finite_and_in_range() -> None:
 
 
 def test_a_view_of_tissue_is_stained_by_its_key_and_grey_is_left_alone() -> None:
-    policy = MODALITIES["histology"]
+    policy, bytes_ = MODALITIES["histology"], Intensity(0, 255, 114, 57)
     pixels = (255 * np.random.default_rng(4).uniform(0.2, 0.9, size=(40, 40, 3))).astype(np.uint8)
     plain, stained = (
         Augment([ViewConfig(crop=(1.0, 1.0), aspect=(1.0, 1.0), stain=strength)], 32, policy.normalise, seed=0)
         for strength in (0.0, 0.1)
     )
-    (before,) = plain(pixels, 0, 255, epoch=0, sample=1)
-    (after,) = stained(pixels, 0, 255, epoch=0, sample=1)
+    (before,) = plain(pixels, bytes_, epoch=0, sample=1)
+    (after,) = stained(pixels, bytes_, epoch=0, sample=1)
     assert 0.01 < np.abs(after - before).mean() < 1.5
-    (again,) = stained(pixels, 0, 255, epoch=0, sample=1)
+    (again,) = stained(pixels, bytes_, epoch=0, sample=1)
     assert np.array_equal(after, again)
     grey = pixels[..., 0]
-    assert np.array_equal(plain(grey, 0, 255, epoch=0, sample=1)[0], stained(grey, 0, 255, epoch=0, sample=1)[0])
+    assert np.array_equal(plain(grey, bytes_, epoch=0, sample=1)[0], stained(grey, bytes_, epoch=0, sample=1)[0])

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from sslmed.data.intensity import STILL, Intensity, Jitter
 from sslmed.data.modality import MODALITIES
 from sslmed.data.views import Augment, ViewConfig, _intensity, letterbox, shrink
 from sslmed.keyed_rng import rng
@@ -35,22 +36,29 @@ KNOBS: dict[str, tuple[dict[str, Any], dict[str, Any], np.ndarray]] = {
     "colour": (SQUARE, {"colour": 0.5}, RGB),
     "grey": (SQUARE, {"grey": 1}, RGB),
     "stain": (SQUARE, {"stain": 0.2}, RGB),
+    "window": (SQUARE, {"window": 0.1}, GREY),
 }
 
 
-def as_it_is(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
+def to(high: float) -> Intensity:
+    """From 0."""
+    return Intensity(0, high, high / 2, high / 4)
+
+
+def as_it_is(pixels: np.ndarray, intensity: Intensity, jitter: Jitter = STILL) -> np.ndarray:
     return pixels.astype(np.float32)
 
 
-def unit(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
-    return (pixels.astype(np.float32) - np.float32(low)) / np.float32(high - low)
+def unit(pixels: np.ndarray, intensity: Intensity, jitter: Jitter = STILL) -> np.ndarray:
+    whole = pixels.astype(np.float32) / np.float32(intensity.high)
+    return whole if jitter == STILL else (whole - np.float32(jitter.level)) / np.float32(jitter.width)
 
 
 def views(config: ViewConfig, pixels: np.ndarray, count: int, size: Any = SIZE, normalise: Any = unit) -> np.ndarray:
     """``count`` views of one picture, (count, height, width[, 3]); unit scale, so that a grey picture fills 0 to 1."""
     augment = Augment((config,), size, normalise, seed=0)
     high = float(np.iinfo(pixels.dtype).max)
-    return np.stack([augment(pixels, 0, high, epoch=0, sample=sample)[0] for sample in range(count)])
+    return np.stack([augment(pixels, to(high), epoch=0, sample=sample)[0] for sample in range(count)])
 
 
 # Which views.
@@ -59,15 +67,15 @@ def views(config: ViewConfig, pixels: np.ndarray, count: int, size: Any = SIZE, 
 def test_a_view_is_a_function_of_seed_epoch_and_sample_alone() -> None:
     configs = (XRAY.view, XRAY.view)
     augment = Augment(configs, SIZE, XRAY.normalise, seed=3)
-    first = augment(GREY, 0, 65535, epoch=2, sample=7)
-    augment(GREY, 0, 65535, epoch=5, sample=1)  # what was drawn before does not matter
+    first = augment(GREY, to(65535), epoch=2, sample=7)
+    augment(GREY, to(65535), epoch=5, sample=1)  # what was drawn before does not matter
     np.random.seed(1)  # nor does anybody's global random state
-    again = augment(GREY, 0, 65535, epoch=2, sample=7)
-    other_process = pickle.loads(pickle.dumps(augment))(GREY, 0, 65535, epoch=2, sample=7)  # noqa: S301
+    again = augment(GREY, to(65535), epoch=2, sample=7)
+    other_process = pickle.loads(pickle.dumps(augment))(GREY, to(65535), epoch=2, sample=7)  # noqa: S301
     for one, two, three in zip(first, again, other_process, strict=True):
         np.testing.assert_array_equal(one, two)
         np.testing.assert_array_equal(one, three)
-    other_seed = Augment(configs, SIZE, XRAY.normalise, seed=4)(GREY, 0, 65535, epoch=2, sample=7)
+    other_seed = Augment(configs, SIZE, XRAY.normalise, seed=4)(GREY, to(65535), epoch=2, sample=7)
     assert not np.array_equal(first[0], other_seed[0])
 
 
@@ -78,7 +86,7 @@ def test_no_two_epochs_or_samples_or_views_share_an_augmentation() -> None:
         view.tobytes()
         for epoch in range(25)
         for sample in range(12)
-        for view in augment(GREY, 0, 65535, epoch=epoch, sample=sample)
+        for view in augment(GREY, to(65535), epoch=epoch, sample=sample)
     ]
     assert len(made) == 600
     assert len(set(made)) == len(made)
@@ -86,13 +94,13 @@ def test_no_two_epochs_or_samples_or_views_share_an_augmentation() -> None:
 
 def test_geometry_alone_differs_between_epochs() -> None:
     augment = Augment((ViewConfig(crop=(0.2, 0.9), rotate=30),), SIZE, XRAY.normalise, seed=0)
-    made = {augment(GREY, 0, 65535, epoch=epoch, sample=0)[0].tobytes() for epoch in range(100)}
+    made = {augment(GREY, to(65535), epoch=epoch, sample=0)[0].tobytes() for epoch in range(100)}
     assert len(made) == 100
 
 
 def test_a_view_has_its_own_settings() -> None:
     augment = Augment((NEUTRAL, ViewConfig(**SQUARE, hflip=1)), SIZE, as_it_is, seed=0)
-    still, mirrored = augment(GREY, 0, 1, epoch=0, sample=0)
+    still, mirrored = augment(GREY, to(1), epoch=0, sample=0)
     np.testing.assert_array_equal(still, GREY)
     np.testing.assert_array_equal(mirrored, GREY[:, ::-1])
 
@@ -187,7 +195,7 @@ def test_quarter_turns_are_equally_likely() -> None:
 
 
 def test_brightness_shifts_within_its_bound() -> None:
-    shift = (views(ViewConfig(**SQUARE, brightness=0.4), GREY, 200) - unit(GREY, 0, 65535)).reshape(200, -1)
+    shift = (views(ViewConfig(**SQUARE, brightness=0.4), GREY, 200) - unit(GREY, to(65535))).reshape(200, -1)
     assert shift.std(axis=1).max() < 1e-5  # the same for every pixel
     assert -0.4 <= shift.min() < -0.36
     assert 0.36 < shift.max() <= 0.4 + 1e-5
@@ -195,7 +203,7 @@ def test_brightness_shifts_within_its_bound() -> None:
 
 
 def test_contrast_scales_about_the_mean_within_its_bound() -> None:
-    before, after = unit(GREY, 0, 65535), views(ViewConfig(**SQUARE, contrast=0.4), GREY, 200)
+    before, after = unit(GREY, to(65535)), views(ViewConfig(**SQUARE, contrast=0.4), GREY, 200)
     np.testing.assert_allclose(after.mean(axis=(1, 2)), before.mean(), atol=1e-4)
     factor = after.std(axis=(1, 2)) / before.std()
     assert 0.6 - 1e-4 < factor.min() < 0.64
@@ -207,11 +215,11 @@ def test_intensity_is_never_clipped() -> None:
     after = views(ViewConfig(**SQUARE, brightness=2, contrast=0.5), GREY, 50, normalise=XRAY.normalise)
     assert after.min() < -3.5
     assert after.max() > 3.5
-    assert len(np.unique(after[0])) > 0.9 * len(np.unique(XRAY.normalise(GREY, 0, 65535)))
+    assert len(np.unique(after[0])) > 0.9 * len(np.unique(XRAY.normalise(GREY, to(65535))))
 
 
 def test_gamma_bends_between_minimum_and_maximum_within_its_bound() -> None:
-    before, after = unit(GREY, 0, 65535), views(ViewConfig(**SQUARE, gamma=0.3), GREY, 200)
+    before, after = unit(GREY, to(65535)), views(ViewConfig(**SQUARE, gamma=0.3), GREY, 200)
     np.testing.assert_allclose(after.min(axis=(1, 2)), before.min(), atol=1e-5)
     np.testing.assert_allclose(after.max(axis=(1, 2)), before.max(), atol=1e-5)
     order = np.argsort(before, axis=None)
@@ -229,7 +237,7 @@ def test_gamma_of_a_constant_view_is_finite() -> None:
 
 
 def test_noise_is_additive_and_bounded_in_strength() -> None:
-    noise = (views(ViewConfig(**SQUARE, noise=0.2), GREY, 100) - unit(GREY, 0, 65535)).reshape(100, -1)
+    noise = (views(ViewConfig(**SQUARE, noise=0.2), GREY, 100) - unit(GREY, to(65535))).reshape(100, -1)
     sigma = noise.std(axis=1)
     assert 0.18 < sigma.max() < 0.2 * 1.08
     assert sigma.min() < 0.02
@@ -237,7 +245,7 @@ def test_noise_is_additive_and_bounded_in_strength() -> None:
 
 
 def test_blur_smooths_as_often_as_asked_and_keeps_the_mean() -> None:
-    before = unit(GREY, 0, 65535)
+    before = unit(GREY, to(65535))
     after = views(ViewConfig(**SQUARE, blur=0.4, blur_sigma=(1, 2)), GREY, 200)
     smoothed = after.std(axis=(1, 2)) < 0.5 * before.std()
     assert 0.28 < smoothed.mean() < 0.52
@@ -246,12 +254,12 @@ def test_blur_smooths_as_often_as_asked_and_keeps_the_mean() -> None:
 
 
 def test_colour_scales_each_channel_by_itself_and_grey_drops_it() -> None:
-    ratio = views(ViewConfig(**SQUARE, colour=0.3), RGB, 100)[:, 5, 5] / unit(RGB, 0, 255)[5, 5]
+    ratio = views(ViewConfig(**SQUARE, colour=0.3), RGB, 100)[:, 5, 5] / unit(RGB, to(255))[5, 5]
     assert 0.7 - 1e-4 < ratio.min() < 0.74
     assert 1.26 < ratio.max() < 1.3 + 1e-4
     assert np.abs(ratio[:, 0] - ratio[:, 1]).max() > 0.2
     grey = views(ViewConfig(**SQUARE, grey=1), RGB, 1)[0]
-    np.testing.assert_allclose(grey, np.repeat(unit(RGB, 0, 255).mean(axis=2, keepdims=True), 3, axis=2), rtol=1e-5)
+    np.testing.assert_allclose(grey, np.repeat(unit(RGB, to(255)).mean(axis=2, keepdims=True), 3, axis=2), rtol=1e-5)
 
 
 def test_solarize_inverts_what_is_above_the_middle_as_often_as_asked() -> None:
@@ -277,9 +285,29 @@ def test_solarize_comes_after_blur_and_leaves_other_views_as_they_were() -> None
         np.testing.assert_array_equal(solarized, np.where(blurred > ends / 2, ends - blurred, blurred))
 
 
+def test_the_jitter_of_a_window_reaches_its_bound_and_no_further() -> None:
+    """One draw a view, for all windows: how far in HU is each window's own matter."""
+    seen: list[Jitter] = []
+
+    def note(pixels: np.ndarray, intensity: Intensity, jitter: Jitter = STILL) -> np.ndarray:
+        seen.append(jitter)
+        return pixels.astype(np.float32)
+
+    views(ViewConfig(**SQUARE, window=0.1), GREY, 300, normalise=note)
+    level, width = np.array(seen).T
+    for shift in (level, width - 1):
+        assert -0.1 <= shift.min() < -0.095
+        assert 0.095 < shift.max() <= 0.1
+        assert abs(shift.mean()) < 0.01
+    assert abs(np.corrcoef(level, width)[0, 1]) < 0.2
+    seen.clear()
+    views(ViewConfig(**SQUARE), GREY, 2, normalise=note)
+    assert seen == [STILL, STILL]
+
+
 def test_knobs_that_are_not_set_draw_nothing() -> None:
     """So a knob that is added leaves the views of every recipe without it as they were."""
-    view = np.asarray(unit(GREY, 0, 65535))
+    view = np.asarray(unit(GREY, to(65535)))
     made = _intensity(view, ViewConfig(brightness=0.4, noise=0.2), rng(0, 0, 0, "view"))
     stream = rng(0, 0, 0, "view")
     stream.uniform(0, 0)  # contrast shares brightness's draw
@@ -331,7 +359,7 @@ def test_geometry_works_on_the_stored_dtype_and_keeps_its_range() -> None:
     """albumentations turns uint16 into float64 and clips to [0, 1] or to 8 bits in places; nothing here may."""
     seen: list[np.ndarray] = []
 
-    def note(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
+    def note(pixels: np.ndarray, intensity: Intensity, jitter: Jitter = STILL) -> np.ndarray:
         seen.append(pixels)
         return pixels.astype(np.float32)
 
@@ -339,7 +367,7 @@ def test_geometry_works_on_the_stored_dtype_and_keeps_its_range() -> None:
     steep = np.zeros((96, 80), np.uint16)
     steep[:, 40:] = 65535
     steep[24:72, 20:60] = 40000 + np.arange(40, dtype=np.uint16)
-    for pixels in (steep, np.dstack([steep] * 3)):
+    for pixels in (steep, np.dstack([steep] * 3), np.dstack([steep] * 9)):
         seen.clear()
         made = views(config, pixels, 20, normalise=note)
         assert {crop.dtype for crop in seen} == {np.dtype(np.uint16)}
@@ -348,6 +376,35 @@ def test_geometry_works_on_the_stored_dtype_and_keeps_its_range() -> None:
         assert made.min() == 0
         assert ((made >= 40000) & (made < 40040)).sum() > 2000
         assert set(range(40002, 40038)) <= set(np.unique(made))  # grey values that differ by 1 are still there
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.float32])
+@pytest.mark.parametrize("planes", [(), (3,), (5,), (9,)], ids=["one", "three", "five", "nine"])
+def test_geometry_of_hu_keeps_sign_and_scale(dtype: type[np.generic], planes: tuple[int, ...]) -> None:
+    """albumentations refuses int16 in some transforms and clips float32 in others: in none of those used here."""
+    low, high = (0, 250) if dtype == np.uint8 else (0, 5000) if dtype == np.uint16 else (-2000, 3000)
+    column = np.linspace(low, high, 64).astype(dtype)
+    pixels = np.ascontiguousarray(np.broadcast_to(column.reshape(1, 64, *(1 for _ in planes)), (64, 64, *planes)))
+    seen: list[np.ndarray] = []
+
+    def note(view: np.ndarray, intensity: Intensity, jitter: Jitter = STILL) -> np.ndarray:
+        seen.append(view)
+        return view.astype(np.float32)
+
+    whole, turned = ({**SQUARE, "hflip": 1, "vflip": 1, "rot90": 1}, {"crop": (0.3, 1), "rotate": 30})
+    for config in (whole, turned):
+        augment = Augment((ViewConfig(**config),), 64, note, seed=0)
+        for sample in range(8):
+            augment(pixels, Intensity(low, high, 0, 1), epoch=0, sample=sample)
+    assert {(view.dtype, view.shape) for view in seen} == {(np.dtype(dtype), (64, 64, *planes))}
+    for view in seen[:8]:  # moved as they are
+        assert sorted(view.ravel().tolist()) == sorted(pixels.ravel().tolist())
+    for view in seen[8:]:
+        assert low <= view.min()
+        assert view.max() <= high
+        assert view.std() > 0.3 * pixels.std()
+        first = view.reshape(64, 64, -1)[..., 0]
+        assert all((plane == first).all() for plane in np.moveaxis(view.reshape(64, 64, -1), 2, 0))
 
 
 # Whole images.
@@ -394,6 +451,23 @@ def test_letterbox_in_a_box_that_is_not_square(size: tuple[int, int], shape: tup
         assert len(found) == found[-1] - found[0] + 1 == max(1, round(length * scale))
         assert abs(found[0] - (whole - 1 - found[-1])) <= 1  # in the middle
     assert len(rows) == size[0] or len(columns) == size[1]
+
+
+@pytest.mark.parametrize("size", [16, 64], ids=["smaller", "larger"])
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_letterbox_of_stacks_is_that_of_each_slice(size: int, dtype: type[np.generic]) -> None:
+    stack = RANDOM.normal(0, 500, (40, 30, 9)).astype(dtype)
+    boxed = letterbox(stack, size, fill=-1024.0)
+    assert (boxed.shape, boxed.dtype) == ((size, size, 9), np.dtype(dtype))
+    for plane in range(9):
+        np.testing.assert_array_equal(boxed[..., plane], letterbox(stack[..., plane], size, fill=-1024.0))
+    assert letterbox(stack[..., :1], size, fill=0).shape == (size, size, 1)
+
+
+def test_letterbox_fills_with_no_more_than_was_asked_for() -> None:
+    """What is filled must end at the floor of the scale: -3 is above -3.5, and 0 is all that unsigned pixels have."""
+    for dtype, fill, expected in ((np.int16, -3.5, -4), (np.uint8, 12.7, 12), (np.uint16, -3.5, 0)):
+        assert letterbox(np.full((4, 8), 100, dtype), 8, fill)[0, 0] == expected
 
 
 def test_letterbox_of_the_size_itself_is_the_image() -> None:

@@ -50,7 +50,7 @@ def write(folder: Path, asked: BackboneConfig, **changes: Any) -> nn.Module:
         "num_features": 64,
         "size": SIZE,
         "modality": "xray",
-        "normalisation": artifact.in_words(XRAY),
+        "normalisation": modality.in_words(XRAY),
         "method": {"name": "simclr"},
         "recipe": {},
         "data": DATA,
@@ -214,8 +214,8 @@ def test_a_tag_is_no_other_network(tmp_path: Path) -> None:
 def test_another_modality_and_normalisation_are_said(good: tuple[Path, nn.Module], tmp_path: Path) -> None:
     begun = begin(config(good[0]), policy=PHOTO)
     assert begun.lines[1] == "note: the weights were trained on xray images; the store holds photo"
-    assert artifact.in_words(XRAY) in begun.lines[2]
-    assert artifact.in_words(PHOTO) in begun.lines[2]
+    assert modality.in_words(XRAY) in begun.lines[2]
+    assert modality.in_words(PHOTO) in begun.lines[2]
     write(tmp_path / "artifact", config(), normalisation="by hand")
     assert [line.partition(":")[0] for line in begin(config(tmp_path / "artifact")).lines[1:]] == ["note"]
 
@@ -228,7 +228,7 @@ def test_the_cards_size_tells_the_grid_of_its_positions(tmp_path: Path) -> None:
         num_features=64,
         size=(16, 64),
         modality="xray",
-        normalisation=artifact.in_words(XRAY),
+        normalisation=modality.in_words(XRAY),
         method={"name": "simclr"},
         recipe={},
         data=DATA,

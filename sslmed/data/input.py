@@ -1,0 +1,70 @@
+"""What a network is given: whole images as tensors, and whether a store's images fit its input."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sslmed.config import UsageError
+from sslmed.data.intensity import Intensity
+from sslmed.data.modality import Modality, planes_of, refuse_other_policy
+from sslmed.data.store import Store
+from sslmed.data.views import Pixels, letterbox
+from sslmed.image_size import ImageSize
+
+
+def network_input(
+    pixels: Pixels, intensity: Intensity, modality: Modality, size: ImageSize, channels: int
+) -> torch.Tensor:
+    """The tensor (C, height, width) of a whole image: letterboxed, then normalised.
+
+    Args:
+        pixels: (H, W), (H, W, 3) in colour, or (H, W, n), n neighbouring slices.
+    """
+    return as_tensor(modality.normalise(letterbox(pixels, size, intensity.low), intensity), channels)
+
+
+def as_tensor(view: Pixels, channels: int) -> torch.Tensor:
+    """(H, W) or (H, W, n) -> (channels, H, W); a single plane is repeated."""
+    planes = view[None] if view.ndim == 2 else view.transpose(2, 0, 1)
+    if len(planes) not in (1, channels):
+        raise UsageError(f"backbone.in_chans is {channels}, but the store holds {len(planes)}-channel images")
+    tensor = torch.from_numpy(np.ascontiguousarray(planes, dtype=np.float32))
+    return tensor.expand(channels, *tensor.shape[1:])
+
+
+def open_store(path: Path | str) -> Store:
+    """The store at ``path``, if its modality's policy is still the one that made it.
+
+    Raises:
+        MissingInputError: there is none.
+        DataError: it is damaged, or was made by another policy.
+    """
+    store = Store(path)
+    if store.policy:
+        refuse_other_policy(store.policy, str(path))
+    return store
+
+
+def check_channels(channels: int, store: Store, modality: Modality, slices: int = 1) -> None:
+    """Refuse a network whose input has another number of channels than what the store's images become.
+
+    One plane is repeated for any number of channels.
+
+    Args:
+        channels: ``backbone.in_chans``.
+        modality: with its windows.
+
+    Raises:
+        UsageError: with the number that would do.
+    """
+    stored = int(store.index.channels.max())
+    if slices > 1 and (stored > 1 or int(store.scans.depth.max()) == 1):
+        held = "images in colour" if stored > 1 else "single images only"
+        raise UsageError(f"data.slices is {slices}, but the store holds {held}, without slices; remove it")
+    windows = planes_of(modality)
+    planes = stored * slices * windows
+    if planes > 1 and channels != planes:
+        of = [f"{count} {what}" for count, what in ((slices, "slices"), (windows, "windows")) if count > 1]
+        held = f"an image becomes {' x '.join(of)}" if of else f"the store holds {stored} channels"
+        raise UsageError(f"backbone.in_chans is {channels}, but {held}; set backbone.in_chans={planes}")
