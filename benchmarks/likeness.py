@@ -14,9 +14,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from sslmed.data.labels import read_labels
-from sslmed.data.likeness import MOST, image_hash, survey
+from sslmed.data.checks.likeness import MOST, image_hash, survey
 from sslmed.data.readers import find, read
+from sslmed.data.sources.labels import read_labels
 
 Pixels = np.ndarray[Any, np.dtype[Any]]
 SETS = {"xray_pneumonia/images": 12, "blood_cells/images": 1, "ultrasound_nerve/images": 1, "histology_lung": 1}

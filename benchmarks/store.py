@@ -23,10 +23,10 @@ import numpy as np
 from cells import Cells
 
 import sslmed
-from sslmed.data.hdf5 import chunk_filters
 from sslmed.data.readers import read_series
+from sslmed.data.shards.format import tile
+from sslmed.data.shards.hdf5 import chunk_filters
 from sslmed.data.store import Store
-from sslmed.data.store_format import tile
 
 ROUNDS, READS = 11, 64
 COPIES = 16  # of the eight slices of the CT, each with other noise in its lowest bit, so that no two are the same

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from sslmed.data import splits
-from sslmed.data.annotation_writer import annotate
+from sslmed.data.annotations.writer import annotate
 from sslmed.data.intensity import Intensity
 from sslmed.data.modality import named, policy_record
+from sslmed.data.shards.tables import NewScan
+from sslmed.data.shards.writer import StoreWriter
 from sslmed.data.store import Store
-from sslmed.data.store_tables import NewScan
-from sslmed.data.store_writer import StoreWriter
 
 
 def write_store(

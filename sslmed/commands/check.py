@@ -12,16 +12,16 @@ import numpy as np
 
 from sslmed.config import DataError, UsageError
 from sslmed.console import command, progress
-from sslmed.data.annotating import Sources
-from sslmed.data.catalogue import NO_FORMAT, OUTSIDE, Catalogue, Row, base_folder, catalogue, given_splits
-from sslmed.data.catalogue import patient_pattern as pattern_of
-from sslmed.data.findings import SEVERITIES, Checker, Finding
+from sslmed.data.annotations.attach import Sources
+from sslmed.data.checks.findings import SEVERITIES, Checker, Finding
+from sslmed.data.checks.measured import Measure, Measured
+from sslmed.data.checks.unwritten import Unwritten, look
 from sslmed.data.identity import SiteKey
-from sslmed.data.labels import LabelTable, encode_labels, encode_meta, read_labels
-from sslmed.data.measured import Measure, Measured
 from sslmed.data.modality import named
-from sslmed.data.reading import Read, Refused, Unit, pool, read_all, units
-from sslmed.data.unwritten import Unwritten, look
+from sslmed.data.sources.catalogue import NO_FORMAT, OUTSIDE, Catalogue, Row, base_folder, catalogue, given_splits
+from sslmed.data.sources.catalogue import patient_pattern as pattern_of
+from sslmed.data.sources.labels import LabelTable, encode_labels, encode_meta, read_labels
+from sslmed.data.sources.reading import Read, Refused, Unit, pool, read_all, units
 
 SHOWN = 3  # findings of one code and severity in the table, and files of one finding
 

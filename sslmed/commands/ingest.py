@@ -15,17 +15,18 @@ import numpy.typing as npt
 from sslmed import __version__
 from sslmed.config import DataError, UsageError
 from sslmed.console import command, progress
-from sslmed.data import private, splits
-from sslmed.data.annotating import Problem, Report, Sources
-from sslmed.data.catalogue import Catalogue, Row, Skipped, base_folder, catalogue, given_splits, patient_pattern
+from sslmed.data import splits
+from sslmed.data.annotations.attach import Problem, Report, Sources
 from sslmed.data.identity import SiteKey, load_or_make_key
-from sslmed.data.kept import SMALLEST, Keep
-from sslmed.data.known import Labelled, columns, rows_of
-from sslmed.data.labels import read_labels, read_split_file
 from sslmed.data.modality import Modality, named, policy_record
-from sslmed.data.reading import Pool, Read, Refused, Unit, pool, read_all, units
-from sslmed.data.store_tables import NewScan
-from sslmed.data.store_writer import SHARD_BYTES, StoreWriter, disk_errors, refuse_existing
+from sslmed.data.shards.tables import NewScan
+from sslmed.data.shards.writer import SHARD_BYTES, StoreWriter, disk_errors, refuse_existing
+from sslmed.data.sources import private
+from sslmed.data.sources.catalogue import Catalogue, Row, Skipped, base_folder, catalogue, given_splits, patient_pattern
+from sslmed.data.sources.kept import SMALLEST, Keep
+from sslmed.data.sources.known import Labelled, columns, rows_of
+from sslmed.data.sources.labels import read_labels, read_split_file
+from sslmed.data.sources.reading import Pool, Read, Refused, Unit, pool, read_all, units
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 from sslmed.config import DataError, MissingInputError, UsageError
 from sslmed.console import command
-from sslmed.data import private
-from sslmed.data.annotating import Report, Sources
+from sslmed.data.annotations.attach import Report, Sources
+from sslmed.data.annotations.label_columns import Described, Labelled
 from sslmed.data.identity import SiteKey
-from sslmed.data.label_columns import Described, Labelled
-from sslmed.data.labels import LabelTable, encode_labels, encode_meta, read_labels
+from sslmed.data.sources import private
+from sslmed.data.sources.labels import LabelTable, encode_labels, encode_meta, read_labels
 from sslmed.data.splits import SPLITS
 from sslmed.data.store import Store
 from sslmed.durable import write_json

@@ -17,8 +17,8 @@ from sslmed.config import DataError, MissingInputError, OutputExistsError
 from sslmed.console import command, progress
 from sslmed.data import readers
 from sslmed.data.input import network_input
-from sslmed.data.reading import Pool, Read, Refused, units
 from sslmed.data.scan import Scan
+from sslmed.data.sources.reading import Pool, Read, Refused, units
 from sslmed.data.views import Pixels
 from sslmed.durable import write_atomically
 from sslmed.heads import HEADS

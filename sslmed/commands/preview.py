@@ -10,16 +10,17 @@ import numpy.typing as npt
 
 from sslmed.config import OutputExistsError, UsageError
 from sslmed.console import command, progress
-from sslmed.data import modality, panels
+from sslmed.data import modality
+from sslmed.data.annotations.mask_values import VOID
 from sslmed.data.input import check_channels, network_input, open_store
 from sslmed.data.intensity import Intensity, Windowed
 from sslmed.data.loading import DataConfig, ViewDataset
-from sslmed.data.mask_values import VOID
 from sslmed.data.modality import Modality
+from sslmed.data.previews import panels
+from sslmed.data.previews.spread import choose
+from sslmed.data.shards.format import KINDS
 from sslmed.data.splits import SPLITS
-from sslmed.data.spread import choose
 from sslmed.data.store import Store
-from sslmed.data.store_format import KINDS
 from sslmed.data.views import ViewConfig, placed
 from sslmed.durable import write_atomically
 from sslmed.methods import METHODS

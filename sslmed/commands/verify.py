@@ -7,8 +7,8 @@ from typing import Any
 from sslmed import artifact
 from sslmed.config import DataError, MissingInputError
 from sslmed.console import command
+from sslmed.data.shards.format import STORE_JSON
 from sslmed.data.store import Store
-from sslmed.data.store_format import STORE_JSON
 from sslmed.training import checkpoint
 
 

@@ -3,8 +3,8 @@
 ``store.json`` says what the store is and carries the digests. ``index.h5`` has one fixed-width column a property, so
 that 10^6 images open in well under a second. ``shard-00000.h5`` and on hold the pixels: one dataset for each dtype and
 shape, one image (or tile of a slice) a chunk, bitshuffle-lz4 with a Fletcher-32 checksum (of 24 flipped bytes it found
-24; without it, 1). `sslmed.data.store_writer` makes stores; labels, masks and boxes are in files of their own
-(`sslmed.data.store_annotations`).
+24; without it, 1). `sslmed.data.shards.writer` makes stores; labels, masks and boxes are in files of their own
+(`sslmed.data.annotations.reader`).
 """
 
 import os
@@ -18,13 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from sslmed.config import DataError, UsageError
-from sslmed.data.boxes import Boxes
-from sslmed.data.hdf5 import HardDataset, open_h5, read_column
+from sslmed.data.annotations.boxes import Boxes
+from sslmed.data.annotations.reader import Annotations
 from sslmed.data.intensity import Intensity
 from sslmed.data.scan import NiftiGrid
-from sslmed.data.splits import SPLITS
-from sslmed.data.store_annotations import Annotations
-from sslmed.data.store_format import (
+from sslmed.data.shards.format import (
     INDEX_H5,
     STORE_JSON,
     TILED,
@@ -36,7 +34,9 @@ from sslmed.data.store_format import (
     group_name,
     read_about,
 )
-from sslmed.data.volumes import StoredVolume
+from sslmed.data.shards.hdf5 import HardDataset, open_h5, read_column
+from sslmed.data.shards.volumes import StoredVolume
+from sslmed.data.splits import SPLITS
 from sslmed.durable import sha256
 
 _OPEN_SHARDS = 64  # far below the usual limit of 1024 open files, even with several stores

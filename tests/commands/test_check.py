@@ -14,7 +14,7 @@ from pydicom.data import get_testdata_file
 from sslmed import cli
 from sslmed.commands.check import CheckResult, check
 from sslmed.config import DataError, MissingInputError, UsageError
-from sslmed.data.findings import SEVERITIES, Finding
+from sslmed.data.checks.findings import SEVERITIES, Finding
 from sslmed.data.phantoms import phantom
 from sslmed.data.writers import write_image
 

@@ -19,7 +19,7 @@ SHARD_BYTES = 8_000  # four pictures of 2,000 bytes: a shard each four
 SCRIPT = """
     import os, signal, sys
     from sslmed.commands import ingest as module
-    from sslmed.data import progress, store_writer
+    from sslmed.data.shards import progress, writer as store_writer
 
     where, moment = sys.argv[3], int(sys.argv[4])
     calls = []

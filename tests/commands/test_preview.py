@@ -13,10 +13,10 @@ from sslmed import cli
 from sslmed.commands.ingest import ingest
 from sslmed.commands.preview import oddities, preview
 from sslmed.config import OutputExistsError, UsageError
-from sslmed.data import panels
-from sslmed.data.annotation_writer import annotate
-from sslmed.data.boxes import Boxes
+from sslmed.data.annotations.boxes import Boxes
+from sslmed.data.annotations.writer import annotate
 from sslmed.data.phantoms import phantom
+from sslmed.data.previews import panels
 from sslmed.data.store import Store
 from sslmed.data.writers import write_image
 

@@ -33,8 +33,8 @@ DOORS = {
     "timm": ["models/backbones.py"],
     "albumentations": ["data/views.py"],
     "cv2": ["data/views.py", "data/readers/", "data/writers.py"],
-    "h5py": ["data/hdf5.py"],
-    "hdf5plugin": ["data/hdf5.py"],
+    "h5py": ["data/shards/hdf5.py"],
+    "hdf5plugin": ["data/shards/hdf5.py"],
     "pydicom": ["data/readers/", "data/writers.py"],
     "gdcm": ["data/readers/"],
     "nibabel": ["data/readers/", "data/writers.py"],
@@ -45,7 +45,7 @@ DOORS = {
     "yaml": ["recipe.py"],
     "pytorch_lightning": ["methods/method.py", "heads/head.py", "data/loading.py", "training/"],
     "typer": ["cli.py"],
-    "matplotlib": ["data/panels.py"],
+    "matplotlib": ["data/previews/panels.py"],
 }
 FORBIDDEN_NAMES = {"utils", "core", "common", "helpers", "registry", "constants", "types"}
 UNSAFE_MODULES = {"pickle", "_pickle", "dill", "joblib", "shelve", "marshal"}

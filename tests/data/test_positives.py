@@ -14,8 +14,8 @@ from sslmed.config import DataError, UsageError
 from sslmed.data.loading import Batch, StreamSampler, ViewDataset, stream_loader
 from sslmed.data.modality import MODALITIES
 from sslmed.data.positives import Positives
+from sslmed.data.shards.format import MetaColumn
 from sslmed.data.store import Store
-from sslmed.data.store_format import MetaColumn
 from sslmed.data.views import Augment
 from sslmed.keyed_rng import rng
 

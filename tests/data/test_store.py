@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from sslmed.config import DataError, DiskError, MissingInputError, OutputExistsError, TemporaryError, UsageError
-from sslmed.data.annotation_writer import annotate
+from sslmed.data.annotations.writer import annotate
 from sslmed.data.intensity import Intensity
+from sslmed.data.shards.format import STORE_JSON, LabelColumn, MetaColumn, digest
+from sslmed.data.shards.tables import NewScan
+from sslmed.data.shards.writer import StoreWriter
 from sslmed.data.splits import SPLITS
 from sslmed.data.store import Store
-from sslmed.data.store_format import STORE_JSON, LabelColumn, MetaColumn, digest
-from sslmed.data.store_tables import NewScan
-from sslmed.data.store_writer import StoreWriter
 from sslmed.durable import write_json
 
 
@@ -369,9 +369,9 @@ KILLED = """
     import os, signal, sys
     import numpy as np
     from pathlib import Path
-    from sslmed.data import store_writer
+    from sslmed.data.shards import writer as store_writer
     from sslmed.data.intensity import Intensity
-    from sslmed.data.store_tables import NewScan
+    from sslmed.data.shards.tables import NewScan
     if sys.argv[2] == "finish":  # the last moment before the store appears
         calls = []
         store_writer.refuse_existing = lambda _: calls.append(1) or len(calls) > 1 and os.kill(os.getpid(), 9)

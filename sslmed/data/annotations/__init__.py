@@ -1,0 +1,1 @@
+"""Labels, masks and boxes: from files, into stores and out of them."""

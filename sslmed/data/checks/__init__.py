@@ -1,0 +1,1 @@
+"""What is odd about files, told before anything is made of them."""
