@@ -30,8 +30,8 @@ from sslmed.data.store import Store
 
 ROUNDS, READS = 11, 64
 COPIES = 16  # of the eight slices of the CT, each with other noise in its lowest bit, so that no two are the same
-RAGGED = 400  # radiographs
-MEMORY = (250, 1000, 4000)  # files
+RAGGED, LARGE = 400, 50  # radiographs
+MEMORY = (1000, 4000, 16000)  # files
 RESULTS = Path(__file__).parent / "results" / "store"
 Read = Callable[[int], Any]
 
@@ -73,25 +73,52 @@ def ct(data: Path, place: Path) -> dict[str, Any]:
 
 
 def xray(data: Path, place: Path) -> dict[str, Any]:
-    """Random radiographs of many shapes, which their cut edges give them: the store over gzip HDF5, PNG and JPEG."""
+    """Random radiographs of many shapes: the store over gzip HDF5 and PNG; small ones, and as large as detectors.
+
+    The small ones are cut at their edges. The large ones are the same, enlarged to 600 to 1200 pixels of 12 bits, with
+    grain: there are no larger radiographs among the sets.
+    """
+    files = sorted((data / "xray_pneumonia" / "images").iterdir())
+    small, large = files[:: len(files) // RAGGED][:RAGGED], files[:: len(files) // LARGE][:LARGE]
+    return _ragged("small", [_cut(file, number) for number, file in enumerate(small)], place / "small") | _ragged(
+        "large", [_enlarged(file, number) for number, file in enumerate(large)], place / "large"
+    )
+
+
+def _ragged(size: str, pictures: list[np.ndarray[Any, Any]], place: Path) -> dict[str, Any]:
+    place.mkdir()
+    read_png = _png(pictures, place / "png")
+    made = sslmed.ingest(place / "png", place / "store", modality="xray", patient="[^/]+", key=place / "key")
+    store = Store(made.path)
+    rows = np.argsort(sorted(range(len(pictures)), key=str))  # the store has them in the order of their names
+    arms = {
+        "store": lambda at: store.pixels(int(rows[at])),
+        "gzip": _gzip(pictures, place / "gzip.h5"),
+        "png": read_png,
+    }
+    assert all(np.array_equal(arms["store"](at), arms["png"](at)) for at in (0, 7, len(pictures) - 1))
+    raw = sum(picture.nbytes for picture in pictures)
+    sizes = {"store": _bytes(made.path), "gzip": _bytes(place / "gzip.h5"), "png": _bytes(place / "png")}
+    found: dict[str, Any] = {"shapes": len({picture.shape for picture in pictures})} | _reads(arms, len(pictures))
+    found |= {f"bytes of {name} over raw": round(each / raw, 3) for name, each in sizes.items()}
+    return {f"{size}, {name}": value for name, value in found.items()}
+
+
+def _cut(file: Path, number: int) -> np.ndarray[Any, Any]:
     import cv2
 
-    (place / "images").mkdir()
-    for number, file in enumerate(sorted((data / "xray_pneumonia" / "images").iterdir())[:: 4737 // RAGGED][:RAGGED]):
-        bottom, right = np.random.default_rng(number).integers(96, 129, 2).tolist()
-        pixels = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)[:bottom, :right]
-        cv2.imwrite(str(place / "images" / f"{number:04d}.jpg"), pixels)
-    files = sorted((place / "images").iterdir())
-    made = sslmed.ingest(place / "images", place / "store", modality="xray", patient="[^/]+", key=place / "key")
-    store = Store(made.path)
-    pictures = [store.pixels(row) for row in range(len(store))]
-    arms = {
-        "store": store.pixels,
-        "gzip": _gzip(pictures, place / "gzip.h5"),
-        "png": _png(pictures, place / "png"),
-        "jpeg": lambda row: cv2.imread(str(files[row]), cv2.IMREAD_GRAYSCALE),
-    }
-    return _reads(arms, len(pictures)) | {"shapes": len({picture.shape for picture in pictures})}
+    bottom, right = np.random.default_rng(number).integers(96, 129, 2).tolist()
+    return np.ascontiguousarray(cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)[:bottom, :right])
+
+
+def _enlarged(file: Path, number: int) -> np.ndarray[Any, Any]:
+    import cv2
+
+    stream = np.random.default_rng(number)
+    shape = tuple(stream.integers(600, 1201, 2).tolist())
+    pixels = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE).astype(np.float32) * 16
+    pixels = cv2.resize(pixels, shape, interpolation=cv2.INTER_CUBIC)
+    return np.clip(pixels + stream.normal(0, 8, pixels.shape), 0, 4095).astype(np.uint16)
 
 
 def planes(data: Path, place: Path) -> dict[str, Any]:
@@ -145,16 +172,16 @@ def memory(_: Path, place: Path) -> dict[str, Any]:
     made = 0
     for count in MEMORY:
         for number in range(made, count):
-            pixels = np.random.default_rng(number).integers(0, 4096, (256, 256), np.uint16)
+            pixels = np.random.default_rng(number).integers(0, 4096, (64, 64), np.uint16)
             write_image(folder / f"{number:05d}.tif", pixels)
         made = count
         # VmHWM: getrusage would give what this process, from which it is forked, once had.
         code = f"{script}; print(*(line for line in open('/proc/self/status') if 'VmHWM' in line))"
         run = [sys.executable, "-c", code, str(folder), str(place / f"store-{count}")]
         told = subprocess.run(run, check=True, capture_output=True, text=True).stdout
-        peaks[f"MB of {count} files of 128 kB"] = round(int(re.findall(r"VmHWM:\s+(\d+)", told)[0]) / 1024, 1)
-    first, *_, last = peaks.values()
-    a_file = (last - first) * 1024 / (MEMORY[-1] - MEMORY[0])
+        peaks[f"MB of {count} files of 8 kB"] = round(int(re.findall(r"VmHWM:\s+(\d+)", told)[0]) / 1024, 1)
+    *_, before, last = peaks.values()
+    a_file = (last - before) * 1024 / (MEMORY[-1] - MEMORY[-2])
     return peaks | {
         "kB a further file adds": round(a_file, 2),
     }

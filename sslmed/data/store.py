@@ -40,7 +40,7 @@ from sslmed.data.splits import SPLITS
 from sslmed.durable import sha256
 
 _OPEN_SHARDS = 64  # far below the usual limit of 1024 open files, even with several stores
-_OPEN_DATASETS = 256  # of one shard
+_OPEN_DATASETS = 512  # of one shard
 
 
 class Store:

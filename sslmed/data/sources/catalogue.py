@@ -20,7 +20,7 @@ NO_FORMAT = f"no image format that is read here ({', '.join(sorted(SUFFIXES))})"
 OUTSIDE = "a link that leads out of the source: not followed"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Skipped:
     """A file that is not in the store, or the first of so many, and why."""
 
@@ -29,7 +29,7 @@ class Skipped:
     files: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """What is known of one image, or of all slices of a scan alike: its file, whose it is, its split and CSV cells.
 

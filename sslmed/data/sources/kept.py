@@ -16,7 +16,7 @@ from sslmed.data.views import Pixels, shrink
 SMALLEST = 16  # pixels of the shorter side that ``--size`` may ask for
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Told:
     """What a scan's own file says that the index has no column for; it stays outside of the store.
 

@@ -33,7 +33,7 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Unit:
     """Files that are read together: one file, or the slices of one series; ``bytes`` is what they have."""
 
