@@ -47,6 +47,7 @@ LabelColumns = Annotated[
 Masks = Annotated[Path | None, typer.Option(metavar="DIR", help="Masks called like their images: PNG, NIfTI.")]
 MaskClasses = Annotated[str, typer.Option(metavar="A,B", help="Names of the masks' values 0, 1, ...")]
 Boxes = Annotated[Path | None, typer.Option(metavar="DIR|JSON", help="Boxes: Pascal VOC folder, or COCO JSON.")]
+Tilt = Annotated[bool, typer.Option("--resample-tilt", help="Read CT with a tilted gantry, its slices sheared back.")]
 Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that read images; 0 reads in this one.")]
 
 
@@ -178,9 +179,7 @@ def ingest(
     size: Annotated[
         int | None, typer.Option(metavar="N", help="Shrink images whose shorter side is longer, pixels.")
     ] = None,
-    resample_tilt: Annotated[
-        bool, typer.Option("--resample-tilt", help="Read CT with a tilted gantry, its slices sheared back.")
-    ] = False,
+    resample_tilt: Tilt = False,
     workers: Workers = 0,
     check: Annotated[
         bool, typer.Option("--check", help="Read everything, write nothing, list what is wrong; 65 on errors.")
@@ -344,12 +343,13 @@ def predict(
     model: Model,
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A folder of images, or one image.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
+    resample_tilt: Tilt = False,
     as_json: Json = False,
 ) -> None:
     """Predict the classes of images with a fine-tuned model."""
     from sslmed.commands.predict import predict as command
 
-    _show(command(model, source, out), as_json)
+    _show(command(model, source, out, resample_tilt=resample_tilt), as_json)
 
 
 @app.command()

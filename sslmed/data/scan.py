@@ -56,6 +56,7 @@ class Scan:
         orientation: where the source's own axes point, such as "LPS": nibabel's three ``aff2axcodes`` letters for the
             axes (column, row, slice) as the file has them; "" where the file does not say.
         annotated: whether the file says that text is burned into its pixels; None where it does not say.
+        flipped: which axes (slice, down, across) were turned round since the file was read; see `sources.facing`.
         grid: how a NIfTI file places its voxels, to write others back exactly as they lay; None of other formats.
     """
 
@@ -77,6 +78,7 @@ class Scan:
     split: str = ""
     orientation: str = ""
     annotated: bool | None = None
+    flipped: tuple[bool, bool, bool] = (False, False, False)
     grid: NiftiGrid | None = None
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """Series, volumes and files of many images on their way into a store."""
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sslmed.commands.ingest import IngestResult, ingest
 from sslmed.config import DataError
 from sslmed.data.identity import load_or_make_key
 from sslmed.data.store import Store
+from sslmed.data.writers import write_image
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 Write = Callable[..., list[Path]]
@@ -189,6 +191,34 @@ def test_links_that_lead_out_are_listed_and_not_followed(tmp_path: Path) -> None
     assert result.images == 1
     assert [skipped.file for skipped in result.skipped] == ["file.npy", "folder"]
     assert all("leads out" in skipped.reason for skipped in result.skipped)
+
+
+def test_what_is_drawn_on_the_files_pixels_is_turned_round_with_them(write: Write, tmp_path: Path) -> None:
+    """Masks and boxes of DICOM slices, as pictures and COCO JSON: DICOM has the left and the front first."""
+    paths = write("one", "A", [0, 2, 4])  # the first ten rows are air
+    names = [f"one/{path.name}" for path in paths]
+    boxes = {"categories": [{"id": 1, "name": "air"}], "images": [], "annotations": []}
+    (tmp_path / "masks" / "one").mkdir(parents=True)
+    for number, name in enumerate(names):
+        mask = np.zeros((40, 32), np.uint8)
+        mask[:10, : 8 + number] = 1
+        write_image(tmp_path / "masks" / f"{name}.png", mask)
+        boxes["images"].append({"id": number, "file_name": name, "width": 32, "height": 40})
+        boxes["annotations"].append(
+            {"id": number, "image_id": number, "category_id": 1, "bbox": [0, 0, 8 + number, 10]}
+        )
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    options = {"masks": tmp_path / "masks", "boxes": tmp_path / "boxes.json"}
+    for size, shrink in ((None, 1), (16, 2)):
+        _, store = made(tmp_path, out=f"store{size}", size=size, **options)
+        for row in range(3):
+            mask, pixels = store.mask(row), store.pixels(row)
+            assert mask.shape == pixels.shape == (40 // shrink, 32 // shrink)
+            assert (pixels[mask == 1] == -1000).all()
+            assert mask[-1, -1] == 1
+            assert mask[0, 0] == 0
+            box = store.boxes(row).xyxy[0] * shrink
+            np.testing.assert_allclose(box, [32 - 8 - row, 30, 32, 40])
 
 
 @pytest.mark.real

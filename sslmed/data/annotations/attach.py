@@ -241,7 +241,11 @@ def _of_file(images: Images, name: str, path: Path, report: Report) -> Iterator[
         scan = int(images.scan_of[rows[0]])
         whole = len(rows) == images.depth(scan)
         size, affine = images.source_size(int(rows[0])), images.affine(scan) if whole else None
-        yield rows, onto(mask, len(rows), size, affine)
+        pixels = onto(mask, len(rows), size, affine)
+        if mask.affine is None or affine is None:  # drawn on the pixels of the file
+            flips = images.flips(scan)
+            pixels = np.flip(pixels, tuple(axis for axis in range(3) if flips[axis] and (axis or whole)))
+        yield rows, pixels
 
 
 # Boxes.
@@ -260,6 +264,8 @@ def _boxes(images: Images, drawings: Drawings, report: Report) -> dict[int, Boxe
             named[row] = True
             size = images.source_size(row)
             boxes, cut = fit(drawing, size, numbers)
+            _, down, across = images.flips(int(images.scan_of[row]))
+            boxes = boxes.flipped(size, down, across)
         except _MisfitError as misfit:
             report.add(drawing.origin, misfit.code, str(misfit))
             continue

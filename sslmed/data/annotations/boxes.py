@@ -41,6 +41,15 @@ class Boxes:
     def __len__(self) -> int:
         return len(self.classes)
 
+    def flipped(self, size: tuple[int, int], down: bool, across: bool) -> "Boxes":
+        """The same boxes once an image of height and width ``size`` is turned upside down, or left and right."""
+        corners = self.xyxy.copy()
+        if down:
+            corners[:, [1, 3]] = size[0] - corners[:, [3, 1]]
+        if across:
+            corners[:, [0, 2]] = size[1] - corners[:, [2, 0]]
+        return Boxes(corners, self.classes.copy())
+
     def scaled(self, source: tuple[int, int], target: tuple[int, int]) -> "Boxes":
         """The same boxes once an image of height and width ``source`` is resized to ``target``."""
         down, across = target[0] / source[0], target[1] / source[1]

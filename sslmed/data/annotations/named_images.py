@@ -57,6 +57,11 @@ class Images:
         stored = self.store.volume(scan).affine
         return None if stored is None else before_shrinking(stored, self.source_size(row), self.stored_size(row))
 
+    def flips(self, scan: int) -> tuple[bool, bool, bool]:
+        """See `Scan.flipped`: what is drawn on the file's own pixels has to be turned round likewise."""
+        bits = int(self.store.scans.flipped[scan])
+        return bool(bits & 1), bool(bits & 2), bool(bits & 4)
+
     def name(self, scan: int) -> str:
         """What to call a scan: its folder when it is a series that has one for itself, else its file."""
         first = int(self.store.scans.first[scan])

@@ -76,7 +76,11 @@ def _as_store(scans: Sequence[Unwritten]) -> SimpleNamespace:
         len(scan_of),
         index=SimpleNamespace(scan=scan_of, height=sides[scan_of, 0], width=sides[scan_of, 1]),
         scans=SimpleNamespace(
-            first=np.cumsum(depth) - depth, depth=depth, source_height=sides[:, 0], source_width=sides[:, 1]
+            first=np.cumsum(depth) - depth,
+            depth=depth,
+            source_height=sides[:, 0],
+            source_width=sides[:, 1],
+            flipped=np.zeros(len(scans), np.uint8),  # whether something fits does not depend on it
         ),
         annotations=SimpleNamespace(masked=none.copy, boxed=none.copy),
         volume=volume,

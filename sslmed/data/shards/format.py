@@ -72,9 +72,9 @@ class ScanTable:
     """What is known of each scan: arrays of one length, an entry a scan.
 
     ``first`` its first row, ``depth`` its number of rows; ``kind`` position in KINDS; ``source_height``,
-    ``source_width`` of its images before ``ingest --size``; ``low``, ``high``, ``mean``, ``std`` its `Intensity`;
-    ``spacing`` (S, 3) mm between slices, down and across, of the images as stored, NaN where unknown; ``geometry``
-    place in `Geometries`, -1 where the scan is not placed in the patient.
+    ``source_width`` of its images before ``ingest --size``; ``flipped`` see `Scan.flipped`, as 1, 2 and 4; ``low``,
+    ``high``, ``mean``, ``std`` its `Intensity`; ``spacing`` (S, 3) mm between slices, down and across, of the images
+    as stored, NaN where unknown; ``geometry`` place in `Geometries`, -1 where the scan is not placed in the patient.
     """
 
     first: npt.NDArray[np.uint32]
@@ -82,6 +82,7 @@ class ScanTable:
     kind: npt.NDArray[np.uint8]
     source_height: npt.NDArray[np.uint32]
     source_width: npt.NDArray[np.uint32]
+    flipped: npt.NDArray[np.uint8]
     low: npt.NDArray[np.float64]
     high: npt.NDArray[np.float64]
     mean: npt.NDArray[np.float64]
@@ -130,6 +131,7 @@ SCAN = np.dtype(
         ("kind", "u1"),
         ("source_height", "u4"),
         ("source_width", "u4"),
+        ("flipped", "u1"),
         ("low", "f8"),
         ("high", "f8"),
         ("mean", "f8"),

@@ -18,6 +18,7 @@ def facing(scan: Scan) -> Scan:
         return scan
     axes = (0, 1, 2) if scan.kind == "volume" else (1, 2)
     affine, pixels, slices = scan.affine.copy(), scan.pixels, scan.slices
+    flipped = [False, False, False]
     for axis in axes:
         direction = affine[:3, axis]
         if direction[np.abs(direction).argmax()] > 0:
@@ -27,4 +28,6 @@ def facing(scan: Scan) -> Scan:
         affine[:3, axis] = -direction
         pixels = np.flip(pixels, here)
         slices = slices[::-1] if axis == 0 else slices
-    return replace(scan, pixels=np.ascontiguousarray(pixels), affine=affine, slices=slices)
+        flipped[axis] = True
+    turned = (flipped[0], flipped[1], flipped[2])
+    return replace(scan, pixels=np.ascontiguousarray(pixels), affine=affine, slices=slices, flipped=turned)

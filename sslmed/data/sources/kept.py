@@ -78,7 +78,16 @@ class Keep:
             tuple(scan.labels.items()),
         )
         return NewScan(
-            small, intensity, content, scan.kind, (height, width), spacing, affine, scan.grid, note=told.as_list()
+            small,
+            intensity,
+            content,
+            scan.kind,
+            (height, width),
+            spacing,
+            affine,
+            scan.flipped,
+            scan.grid,
+            note=told.as_list(),
         )
 
 
