@@ -150,7 +150,7 @@ def ingest(data: Path, place: Path) -> dict[str, Any]:
     """Files a second with two workers over one; series of 16 slices of 512 x 512 in JPEG 2000."""
     from pydicom.uid import JPEG2000Lossless
 
-    _dicom_files(data, np.concatenate([_volume(data)] * 2), place / "dicom", JPEG2000Lossless)
+    _dicom_files(data, np.concatenate([_volume(data)] * 4), place / "dicom", JPEG2000Lossless)
     taken: dict[int, list[float]] = {1: [], 2: []}
     for number in range(5):
         for workers, times in taken.items():

@@ -35,11 +35,15 @@ def workplace(phantom_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_commands_run_in_their_order(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands = [line for line in "\n".join(blocks("sh")).splitlines() if line.startswith("sslmed ")]
-    assert [shlex.split(line)[1] for line in commands] == ["ingest", "pretrain", "evaluate", "finetune", "predict"]
+    assert [shlex.split(line)[1] for line in commands] == [
+        *("ingest", "ingest", "preview"),
+        *("pretrain", "evaluate", "finetune", "predict"),
+    ]
     for line in commands:
         arguments = shlex.split(line)[1:]
         code = run([*arguments, *shlex.split(SMALL.get(arguments[0], ""))])
-        assert code == 0, f"{line}: {capsys.readouterr().err}"
+        expected = 65 if "--check" in arguments else 0  # two of the images are broken
+        assert code == expected, f"{line}: {capsys.readouterr().err}"
     assert (workplace / "predictions" / "predictions.csv").is_file()
 
 

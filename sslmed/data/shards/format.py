@@ -191,7 +191,7 @@ def group_name(dtype: np.dtype[Any], shape: tuple[int, ...], tiled: bool = False
 def tile(side: int) -> int:
     """The side of a chunk of a volume's slice: an even share of ``side``, at most 128 pixels.
 
-    Whole slices are as fast to read in such tiles; a slice along another axis takes a third of the time, a crop of 64
-    pixels a fifth (``benchmarks/store.py``).
+    Whole slices of 512 x 512 take a fifth longer to read in such tiles than as one chunk; a plane across another axis
+    takes a third of the time, a crop of 64 voxels a quarter (``benchmarks/store.py``).
     """
     return -(-side // -(-side // TILE))
