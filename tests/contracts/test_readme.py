@@ -40,7 +40,7 @@ def test_the_commands_run_in_their_order(workplace: Path, capsys: pytest.Capture
         *("pretrain", "evaluate", "finetune", "predict"),
     ]
     for line in commands:
-        arguments = shlex.split(line)[1:]
+        arguments = shlex.split(line, comments=True)[1:]
         code = run([*arguments, *shlex.split(SMALL.get(arguments[0], ""))])
         expected = 65 if "--check" in arguments else 0  # two of the images are broken
         assert code == expected, f"{line}: {capsys.readouterr().err}"
