@@ -4,7 +4,7 @@ import re
 import secrets
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ from sslmed.data.identity import SiteKey
 from sslmed.data.modality import named
 from sslmed.data.sources.catalogue import NO_FORMAT, OUTSIDE, Catalogue, Row, base_folder, catalogue, given_splits
 from sslmed.data.sources.catalogue import patient_pattern as pattern_of
+from sslmed.data.sources.kept import Told
+from sslmed.data.sources.known import adopt_labels, other_names, rows_of_scan, warn_of_strangers
 from sslmed.data.sources.labels import LabelTable, encode_labels, encode_meta, read_labels
 from sslmed.data.sources.reading import Read, Refused, Unit, pool, read_all, units
+from sslmed.data.splits import UNLABELLED
 
 SHOWN = 3  # findings of one code and severity in the table, and files of one finding
 
@@ -157,7 +160,7 @@ def check(
 class _Scan:
     name: str
     unit: Unit
-    row: Row
+    rows: list[Row]
     told: Measured
 
 
@@ -196,48 +199,48 @@ def _scans(
     checker: Checker, found: Catalogue, wanted: Sequence[Unit], made: Iterator[tuple[int, Iterable[Measured | Refused]]]
 ) -> Iterator[_Scan]:
     """The scans that could be read, each with what is known of it; the others are told as refused."""
-    read, alone = 0, 0
+    read: list[tuple[Told, Measured]] = []
     for number, told in ((number, one) for number, each in made for one in each):
         unit = wanted[number]
-        name = found.name(unit.paths[0])
         if isinstance(told, Refused):
-            slices = f" (the first of {len(unit.paths)} slices)" if len(unit.paths) > 1 else ""
-            checker.refused(name, told.reason + slices, by_modality=told.by_modality)
+            slices = len(unit.paths) if len(unit.paths) > 1 else 0
+            checker.refused(found.name(unit.paths[told.at]), told.reason, by_modality=told.by_modality, slices=slices)
             continue
-        row = _row(checker, found, unit, told)
-        read, alone = read + 1, alone + (row is None)
-        row = row or found.alone(unit.paths[0], told.part if "/" in told.part else "")
-        called = f"{name}#{told.part}" if told.part else name
-        yield _Scan(called, unit, replace(row, split=row.split or told.split), told)
-    if alone:
-        found.warnings.append(
-            f"nobody says whose {alone} of {read} scans are: each of their files counts as a patient of its own"
-        )
-
-
-def _row(checker: Checker, found: Catalogue, unit: Unit, told: Measured) -> Row | None:
-    """What is known of a scan; whose it is the labels CSV says, else ``--patient``, else its file, else nobody."""
-    rows = [row for path in unit.paths if (row := found.row(path)) is not None]
-    if len({row.patient for row in rows}) > 1:
-        files = [row.name for row in rows]
-        checker.tell("label-mismatch", "error", files, "slices of one series belong to several patients")
-    if rows:
-        return next((row for row in rows if row.split), rows[0])
-    return found.row(unit.paths[0], told.patient)
+        note = Told(number, told.slices, told.patient, told.study, told.part, told.split, told.labels)
+        read.append((note, told))
+    notes = [note for note, _ in read]
+    adopt_labels(found, notes)
+    others, instead = other_names(found, notes, wanted), []
+    for note, told in read:
+        unit = wanted[note.unit]
+        name = found.name(unit.paths[0])
+        try:
+            rows, stood_in = rows_of_scan(found, note, told.depth, wanted, others)
+        except DataError as error:
+            checker.tell("label-mismatch", "error", (name,), _nameless(str(error)))
+            continue
+        instead.append(stood_in)
+        yield _Scan(f"{name}#{told.part}" if told.part else name, unit, rows, told)
+    warn_of_strangers(found, instead)
 
 
 def _compare(checker: Checker, found: Catalogue, scans: Sequence[_Scan], key: SiteKey, split: Path | None) -> None:
     """Hand the scans over, each with its patient and its side of the split that was given, if any."""
-    rows = [scan.row for scan in scans]
-    patients = [key.patient(row.patient) for row in rows]
+    rows = [row for scan in scans for row in scan.rows]
     sides: list[int] | list[None] = [None] * len(rows)
     if rows and (split is not None or any(row.split for row in rows)):
         try:
-            sides = given_splits(found, rows, np.array(patients, "S32"), split).tolist()
+            keys = np.array([key.patient(row.patient) for row in rows], "S32")
+            sides = given_splits(found, rows, keys, split).tolist()
         except DataError as error:
             checker.tell("label-mismatch", "error", (), _nameless(str(error)))
-    for scan, patient, side in zip(scans, patients, sides, strict=True):
-        checker.add(scan.name, scan.told, patient, side)
+    first = 0
+    for scan in scans:
+        own = set(sides[first : first + len(scan.rows)])
+        first += len(scan.rows)
+        if len({0 if side == UNLABELLED else side for side in own}) > 1:
+            checker.tell("leakage", "error", (scan.name,), "its slices lie on several sides of the split")
+        checker.add(scan.name, scan.told, key.patient(scan.rows[0].patient), next(iter(own)))
     cells = list(zip(*(row.values for row in rows if row.values), strict=True))
     try:
         for name, values in zip(found.labels, cells, strict=False):

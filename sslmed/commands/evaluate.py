@@ -213,7 +213,10 @@ def _free_folder(found: Path, out: Path | str | None) -> Path:
 def _target(store: Store, name: str | None) -> str:
     name = name or store.default_target()
     if name is None:
-        raise DataError(f"the store {store.path} has no labels, and probes need some; ingest it with --labels CSV")
+        raise DataError(
+            f"the store {store.path} has no labels, and probes need some; add them: "
+            f"sslmed label {shlex.quote(str(store.path))} --labels CSV"
+        )
     return name
 
 

@@ -23,7 +23,7 @@ from sslmed.data.shards.tables import NewScan
 from sslmed.data.shards.writer import SHARD_BYTES, StoreWriter, disk_errors, refuse_existing
 from sslmed.data.sources import private
 from sslmed.data.sources.catalogue import Catalogue, Row, Skipped, base_folder, catalogue, given_splits, patient_pattern
-from sslmed.data.sources.kept import SMALLEST, Keep
+from sslmed.data.sources.kept import SMALLEST, Keep, Told
 from sslmed.data.sources.known import Labelled, columns, rows_of
 from sslmed.data.sources.labels import read_labels, read_split_file
 from sslmed.data.sources.reading import Pool, Read, Refused, Unit, pool, read_all, units
@@ -68,11 +68,15 @@ class IngestResult:
         for label, classes in self.labels.items():
             lines.append(f"  label {label}: " + ", ".join(f"{name} {count}" for name, count in classes.items()))
         lines += [f"  {line}" for line in self.attached]
-        reasons = Counter(skipped.reason for skipped in self.skipped)
+        reasons = Counter[str]()
+        for skipped in self.skipped:
+            reasons[skipped.reason] += skipped.files
         if self.skipped:
-            lines.append(f"skipped {len(self.skipped)} files; all are listed in {self.private / 'data_report.json'}")
+            files = sum({skipped.file: skipped.files for skipped in self.skipped}.values())  # a file has many parts
+            lines.append(f"skipped {files} files; all are listed in {self.private / 'data_report.json'}")
             for skipped in self.skipped[:5] if len(reasons) > 3 or len(self.skipped) <= 5 else ():
-                lines.append(f"  {skipped.file}: {skipped.reason}")
+                whole = f" (one of {skipped.files} slices)" if skipped.files > 1 else ""
+                lines.append(f"  {skipped.file}: {skipped.reason}{whole}")
             if len(self.skipped) > 5 and len(reasons) <= 3:
                 lines += [f"  {count} files: {reason}" for reason, count in reasons.most_common()]
         lines += [f"note: {note}" for note in self.notes]
@@ -156,7 +160,8 @@ def ingest(
             _fill(writer, read, wanted, processes, found)
             if not len(writer):
                 raise DataError(_all_bad(source, found))
-            rows, told = rows_of(found, writer, wanted)
+            told = [Told.from_list(note) for note in writer.notes]
+            rows = list(chain(*rows_of(found, told, writer.scans("depth").tolist(), wanted)))
             patients = np.array([site_key.patient(row.patient).encode() for row in rows], "S32")
             labelled, described = columns(found, rows, told, writer)
             sides = _sides(found, rows, patients, writer.column("content"), labelled, split)
@@ -238,15 +243,15 @@ def _fill(writer: StoreWriter, read: Read[NewScan], wanted: Sequence[Unit], proc
     made = read_all(read, wanted, processes, start)
     for number, scan in _each(progress(made, len(wanted) - start, "ingest")):
         if isinstance(scan, Refused):
-            writer.skip([number, scan.reason])
+            writer.skip([number, scan.reason, scan.at])
         elif number == start and ahead:
             ahead -= 1
         else:
             writer.add(replace(scan, note=[number, *scan.note[1:]]))
     writer.complete()
     found.skipped += [
-        Skipped(found.name(wanted[number].paths[0]), reason, len(wanted[number].paths))
-        for number, reason in writer.skips
+        Skipped(found.name(wanted[number].paths[at]), reason, len(wanted[number].paths))
+        for number, reason, at in writer.skips
     ]
 
 

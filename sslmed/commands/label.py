@@ -182,8 +182,8 @@ def _columns(table: LabelTable, known: Mapping[str, Sequence[str]]) -> tuple[lis
         row = told[file]
         if row is not None and row.patient and same.patient(row.patient) != same.patient(patient):
             raise DataError(
-                f"line {row.line} of the labels CSV says that {file!r} is of patient {row.patient!r}, but it was "
-                f"ingested as {patient!r}. One of them is wrong; a store's patients never change."
+                f"line {row.line} of the labels CSV gives {file!r} another patient than it was ingested with (the key "
+                "table beside the store says which). One of them is wrong; a store's patients never change."
             )
         values.append(row.values if row is not None else blank)
     cells = list(zip(*values, strict=True))

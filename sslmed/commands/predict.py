@@ -147,7 +147,7 @@ def _run(
         for seen in read(unit):
             name = _name(unit.paths[0], root)
             if isinstance(seen, Refused):
-                skipped.append((name, seen.reason))
+                skipped.append((_name(unit.paths[seen.at], root), seen.reason))
                 continue
             intensity = policy.intensity(seen.whole)
             lines.append(_Line(name, seen.part))

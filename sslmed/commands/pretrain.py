@@ -136,10 +136,16 @@ def pretrain(
             fitted.steps,
             fitted.seconds,
             _last(run.path),
-            command("sslmed", "evaluate", run.path, "--data", store.path),
+            _next(run.path, store),
         )
         run.finish(result.as_dict())
     return result
+
+
+def _next(run: Path, store: Store) -> str:
+    if store.default_target() is None:  # nothing to evaluate with
+        return command("sslmed", "verify", run)
+    return command("sslmed", "evaluate", run, "--data", store.path)
 
 
 def plan(recipe: str | Path, data: str | Path, *, overrides: Sequence[str] = ()) -> PretrainPlan:

@@ -241,7 +241,7 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
     if images < batch_size:
         raise UsageError(
             f"train.batch_size is {batch_size}, but there are {images} training images; "
-            f"give train.batch_size={max(1, images)} or less"
+            + (f"give train.batch_size={images} or less" if images >= 2 else "a batch needs two: ingest more patients")
         )
     return images // batch_size
 

@@ -57,6 +57,7 @@ class Scan:
             axes (column, row, slice) as the file has them; "" where the file does not say.
         annotated: whether the file says that text is burned into its pixels; None where it does not say.
         flipped: which axes (slice, down, across) were turned round since the file was read; see `sources.facing`.
+        sheared: whether slices were moved against each other, so that nothing drawn on its files lies on it now.
         grid: how a NIfTI file places its voxels, to write others back exactly as they lay; None of other formats.
     """
 
@@ -79,6 +80,7 @@ class Scan:
     orientation: str = ""
     annotated: bool | None = None
     flipped: tuple[bool, bool, bool] = (False, False, False)
+    sheared: bool = False
     grid: NiftiGrid | None = None
 
     def __post_init__(self) -> None:

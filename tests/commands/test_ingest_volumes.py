@@ -12,6 +12,7 @@ import pytest
 from dicoms import make_dataset
 from pydicom.uid import generate_uid
 
+from sslmed.commands.check import check
 from sslmed.commands.ingest import IngestResult, ingest
 from sslmed.config import DataError
 from sslmed.data.identity import load_or_make_key
@@ -70,10 +71,10 @@ def test_a_series_is_one_scan_in_the_order_of_its_places(write: Write, tmp_path:
     result, store = made(tmp_path)
     assert (result.scans, result.images, result.patients) == (2, 7, 2)
     assert [int(store.pixels(row)[20, 5]) for row in range(7)] == [0, 200, 400, 600, 1000, 1300, 1600]
-    assert int(store.pixels(3)[-1, 0]) == -1000  # the front of the patient, which DICOM has first
+    assert int(store.pixels(3)[0, 0]) == -1000  # the front of the patient comes first
     assert store.scans.spacing.tolist() == [[2, 0.5, 0.25], [3, 0.5, 0.25]]
     assert len({store.intensity(row) for row in range(7)}) == 1  # HU: the same for all
-    np.testing.assert_allclose(store.volume(1).affine @ [0, 39, 31, 1], [10, -20, 10, 1])
+    np.testing.assert_allclose(store.volume(1).affine @ [0, 0, 0, 1], [10, -20, 10, 1])
     assert store.meta("series").tolist() == [1] * 4 + [2] * 3
     assert store.meta("position").tolist() == [0, 2, 4, 6, 0, 3, 6]
     assert store.meta("study").tolist() == [1] * 4 + [2] * 3
@@ -88,9 +89,9 @@ def test_patients_are_those_of_the_files_unless_somebody_says_otherwise(write: W
     write("p8/three", "", [0, 2])
     key = load_or_make_key(tmp_path / "site.key")
     result, store = made(tmp_path)
-    expected = [key.patient("A1")] * 4 + [key.patient("p8/three/002")] * 2
+    expected = [key.patient("A1")] * 4 + [key.patient("study 1.2.0")] * 2
     assert [patient.decode() for patient in store.index.patient.tolist()] == expected
-    assert any("whose 1 of 3 scans" in warning for warning in result.warnings)
+    assert any(warning.startswith("1 of 3 scans have no PatientID") for warning in result.warnings)
     assert result.labels == {}  # folders of scans are no classes
     _, store = made(tmp_path, out="other", patient=r"p\d")
     assert [patient.decode() for patient in store.index.patient.tolist()] == [key.patient("p7")] * 4 + [
@@ -120,6 +121,17 @@ def test_blocks_of_another_thickness_are_volumes_of_their_own(write: Write, tmp_
     result, store = made(tmp_path)
     assert (result.scans, result.skipped) == (2, ())
     assert store.scans.spacing[:, 0].tolist() == [4, 7]
+
+
+def test_a_series_that_is_refused_names_the_slice_that_is_damaged(write: Write, tmp_path: Path) -> None:
+    write("good", "A", [0, 2, 4])
+    damaged = write("bad", "B", [0, 2, 4])[1]
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    result, _ = made(tmp_path)
+    assert [(skipped.file, skipped.files) for skipped in result.skipped] == [("bad/002", 3)]
+    assert any(line.startswith("skipped 3 files;") for line in result.lines())
+    assert any(line.startswith("  bad/002: is truncated") and "(one of 3 slices)" in line for line in result.lines())
+    assert result.skipped[0].reason.startswith("is truncated")
 
 
 def test_a_series_that_is_refused_says_so_once(write: Write, tmp_path: Path) -> None:
@@ -159,7 +171,7 @@ def test_a_file_of_several_volumes_is_one_patient(tmp_path: Path) -> None:
     assert (result.scans, result.images, result.patients) == (3, 15, 1)
     assert [row["part"] for row in table(result)] == ["0"] * 5 + ["1"] * 5 + ["2"] * 5
     assert store.intensity(5).high == pytest.approx(7 * store.intensity(0).high, rel=0.05)
-    np.testing.assert_array_equal(store.pixels(7), values[::-1, ::-1, 2, 1].T)
+    np.testing.assert_array_equal(store.pixels(7), values[..., 2, 1].T)
 
 
 def test_an_npz_brings_labels_and_splits(tmp_path: Path) -> None:
@@ -193,9 +205,75 @@ def test_links_that_lead_out_are_listed_and_not_followed(tmp_path: Path) -> None
     assert all("leads out" in skipped.reason for skipped in result.skipped)
 
 
+def test_series_of_which_the_csv_says_nothing_follow_their_patient(write: Write, tmp_path: Path) -> None:
+    for series in ("one", "two"):
+        write(series, "A1 ", [0, 2])
+    write("three", "B22", [0, 2])
+    labels = tmp_path / "raw" / "labels.csv"
+    labels.write_text("file,patient,label:x\none,PX,1\n")
+    result, store = made(tmp_path, labels=labels)
+    patients = store.index.patient.tolist()
+    assert patients[0] == patients[4]  # one, three, two
+    assert len(set(patients)) == result.patients == 2
+
+
+def test_a_study_without_a_patient_is_one_patient(write: Write, tmp_path: Path) -> None:
+    for series in ("one", "two"):
+        write(series, "", [0, 2], StudyInstanceUID="1.2.3")
+    write("three", "", [0, 2], StudyInstanceUID="1.2.4")
+    result, _ = made(tmp_path)
+    assert (result.scans, result.patients) == (3, 2)
+
+
+def test_the_check_and_the_ingest_agree_on_splits_by_slice(write: Write, tmp_path: Path) -> None:
+    for number, series in enumerate(("one", "two", "three")):
+        write(series, series, [number, number + 2])
+    split = tmp_path / "split.csv"
+    split.write_text("file,split\none/001,train\ntwo/001,val\nthree/001,test\n")
+    result, _ = made(tmp_path, split=split)
+    assert len(result.splits) == 3
+    assert check(tmp_path / "raw", modality="ct", split=split).errors == 0
+    split.write_text("file,split\none/001,train\none/002,test\n")
+    with pytest.raises(DataError, match="1 patient on two sides"):
+        made(tmp_path, split=split, out="leak")
+    codes = [finding.code for finding in check(tmp_path / "raw", modality="ct", split=split).findings]
+    assert "leakage" in codes
+
+
+def test_boxes_of_slices_that_were_sheared_are_refused(write: Write, tmp_path: Path) -> None:
+    tilted = np.radians(15)
+    orientation = [1, 0, 0, 0, float(np.cos(tilted)), float(np.sin(tilted))]
+    paths = write("tilted", "C", [0, 2, 4], ImageOrientationPatient=orientation)
+    paths += write("straight", "D", [0, 2])
+    boxes: dict[str, list[dict[str, Any]]] = {"categories": [{"id": 1, "name": "air"}], "images": [], "annotations": []}
+    for number, path in enumerate(paths):
+        boxes["images"].append({"id": number, "file_name": f"{path.parent.name}/{path.name}"})
+        boxes["annotations"].append({"id": number, "image_id": number, "category_id": 1, "bbox": [2, 3, 8, 10]})
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    result, _ = made(tmp_path, boxes=tmp_path / "boxes.json", resample_tilt=True)
+    assert result.boxes == 2
+    refused = [problem.reason for problem in result.problems if problem.code == "boxes_refused"]
+    assert len(refused) == 3
+    assert all("--resample-tilt" in reason for reason in refused)
+
+
+def test_a_stack_that_is_not_placed_is_no_mask_of_a_volume_that_is(write: Write, tmp_path: Path) -> None:
+    write("one", "A", [0, 2, 4])
+    write("two", "B", [0, 2])
+    (tmp_path / "masks" / "two").mkdir(parents=True)
+    np.save(tmp_path / "masks" / "one.npy", np.zeros((3, 40, 32), np.uint8))
+    for name in ("001", "002"):
+        write_image(tmp_path / "masks" / "two" / f"{name}.png", np.eye(40, 32, dtype=np.uint8))
+    result, store = made(tmp_path, masks=tmp_path / "masks")
+    assert result.masks == 2
+    assert any("order of their slices" in problem.reason for problem in result.problems)
+    assert store.mask(0) is None
+
+
 def test_what_is_drawn_on_the_files_pixels_is_turned_round_with_them(write: Write, tmp_path: Path) -> None:
-    """Masks and boxes of DICOM slices, as pictures and COCO JSON: DICOM has the left and the front first."""
-    paths = write("one", "A", [0, 2, 4])  # the first ten rows are air
+    """Masks and boxes of DICOM slices, as pictures and COCO JSON, where columns go to the patient's right."""
+    across = {"ImageOrientationPatient": [-1, 0, 0, 0, 1, 0]}
+    paths = write("one", "A", [4, 2, 0], **across)  # the first ten rows are air; the normal goes to the feet
     names = [f"one/{path.name}" for path in paths]
     boxes = {"categories": [{"id": 1, "name": "air"}], "images": [], "annotations": []}
     (tmp_path / "masks" / "one").mkdir(parents=True)
@@ -215,10 +293,9 @@ def test_what_is_drawn_on_the_files_pixels_is_turned_round_with_them(write: Writ
             mask, pixels = store.mask(row), store.pixels(row)
             assert mask.shape == pixels.shape == (40 // shrink, 32 // shrink)
             assert (pixels[mask == 1] == -1000).all()
-            assert mask[-1, -1] == 1
-            assert mask[0, 0] == 0
+            assert (mask[0, -1], mask[-1, 0]) == (1, 0)
             box = store.boxes(row).xyxy[0] * shrink
-            np.testing.assert_allclose(box, [32 - 8 - row, 30, 32, 40])
+            np.testing.assert_allclose(box, [32 - 8 - (2 - row), 0, 32, 10])
 
 
 @pytest.mark.real

@@ -89,7 +89,7 @@ def test_patients_must_agree_and_splits_are_not_read(store: Path, tmp_path: Path
     result = label(store, labels=good)
     assert any("a store's splits never change" in warning for warning in result.warnings)
     bad = write(tmp_path / "bad.csv", "file,patient,label:y\np0/0.png,p1,1\n")
-    with pytest.raises(DataError, match=r"line 2 .*'p0/0\.png' is of patient 'p1', but it was ingested as 'p0'"):
+    with pytest.raises(DataError, match=r"line 2 .*'p0/0\.png' another patient than"):
         label(store, labels=bad)
     assert list(Store(store).labels) == ["x"]
 
@@ -205,7 +205,7 @@ def test_hippocampus_labels_lie_on_their_volumes(tmp_path: Path) -> None:
         found += np.bincount(opened.mask(row).ravel(), minlength=3)
     assert found.tolist() == voxels.tolist()
     first = nibabel.as_closest_canonical(nibabel.load(sorted((source / "labels").iterdir())[0]))
-    np.testing.assert_array_equal(opened.mask(10), np.asarray(first.dataobj)[:, :, 10].T)
+    np.testing.assert_array_equal(opened.mask(10), np.asarray(first.dataobj)[::-1, ::-1, 10].T)
 
 
 @real

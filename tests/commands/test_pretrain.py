@@ -194,6 +194,7 @@ def test_without_labels_there_is_no_probe(quick: tuple[str, ...], phantom_images
     result = pretrain(RECIPE, tmp_path / "store", tmp_path / "run", overrides=overrides)
     assert "knn_val_auroc" not in result.metrics
     assert "loss" in result.metrics
+    assert result.next == f"sslmed verify {tmp_path / 'run'}"  # to evaluate it takes labels
 
 
 # A plan.

@@ -67,6 +67,9 @@ def test_fewer_images_than_a_step_needs() -> None:
     for config in (TrainConfig(batch_size=101), TrainConfig(batch_size=101, max_steps=5)):
         with pytest.raises(UsageError, match=r"train\.batch_size=100 or less"):
             config.total_steps(100)
+    for images in (0, 1):  # recipes allow no batch of one
+        with pytest.raises(UsageError, match=f"there are {images} training images; a batch needs two"):
+            TrainConfig(batch_size=8).total_steps(images)
 
 
 @pytest.mark.parametrize(

@@ -241,10 +241,15 @@ def _of_file(images: Images, name: str, path: Path, report: Report) -> Iterator[
         scan = int(images.scan_of[rows[0]])
         whole = len(rows) == images.depth(scan)
         size, affine = images.source_size(int(rows[0])), images.affine(scan) if whole else None
+        if affine is not None and mask.affine is None and len(rows) > 1:
+            raise RefusedError(
+                "is not placed in the patient, but its image is, so that the order of their slices cannot be compared: "
+                "save it as NIfTI, or each slice by itself"
+            )
         pixels = onto(mask, len(rows), size, affine)
         if mask.affine is None or affine is None:  # drawn on the pixels of the file
             flips = images.flips(scan)
-            pixels = np.flip(pixels, tuple(axis for axis in range(3) if flips[axis] and (axis or whole)))
+            pixels = np.flip(pixels, tuple(axis for axis in (1, 2) if flips[axis]))
         yield rows, pixels
 
 
@@ -264,6 +269,8 @@ def _boxes(images: Images, drawings: Drawings, report: Report) -> dict[int, Boxe
             named[row] = True
             size = images.source_size(row)
             boxes, cut = fit(drawing, size, numbers)
+            if images.sheared(int(images.scan_of[row])):
+                raise RefusedError("is of a slice that was moved (--resample-tilt), and its boxes were not")
             _, down, across = images.flips(int(images.scan_of[row]))
             boxes = boxes.flipped(size, down, across)
         except _MisfitError as misfit:
@@ -285,6 +292,8 @@ def _boxes(images: Images, drawings: Drawings, report: Report) -> dict[int, Boxe
         report.notes.append(f"{clipped} boxes reached up to a pixel out of their images and were clipped")
     if drawings.crowds:
         report.notes.append(f"{drawings.crowds} boxes of crowds were left out")
+    if drawings.strays:
+        report.notes.append(f"{drawings.strays} boxes of images that the file itself does not list were left out")
     for scan in np.setdiff1d(images.scan_of, images.scan_of[named]):
         report.add(images.name(int(scan)), "image_without_boxes", "nothing is said of it: neither boxes nor none")
     return found

@@ -160,13 +160,16 @@ def _coco(content: Any, name: str) -> Drawings:
     files = _images(content["images"])
     objects: dict[Any, list[tuple[str, Corners]]] = {number: [] for number in files}
     faults: dict[Any, str] = {}
-    crowds = 0
+    crowds, strays = 0, 0
+    crowded: set[Any] = set()
     for entry in content["annotations"]:
         number = _key(entry.get("image_id"), "an annotation's image_id")
         if number not in files:
-            raise RefusedError(f"has an annotation of image {number!r}, which is not among its images")
+            strays += 1
+            continue
         if entry.get("iscrowd"):
             crowds += 1
+            crowded.add(number)
             continue
         category = _key(entry.get("category_id"), "an annotation's category_id")
         corners = _corners(entry.get("bbox"))
@@ -186,8 +189,9 @@ def _coco(content: Any, name: str) -> Drawings:
             faults.get(number, ""),
         )
         for number, (file, size) in files.items()
+        if objects[number] or number in faults or number not in crowded  # of nothing but crowds nothing is known
     )
-    return Drawings(drawings, tuple(sorted(categories.values())), crowds)
+    return Drawings(drawings, tuple(sorted(categories.values())), crowds, strays)
 
 
 def _categories(entries: Iterable[Mapping[str, Any]]) -> dict[Any, str]:

@@ -88,11 +88,13 @@ class Drawings:
         images: a drawing for each image.
         classes: class names, sorted; of COCO all that it declares.
         crowds: objects left out because they stand for a crowd (COCO's ``iscrowd``).
+        strays: objects of images that the file does not list.
     """
 
     images: tuple[Drawing, ...]
     classes: tuple[str, ...]
     crowds: int = 0
+    strays: int = 0
 
 
 def fit(drawing: Drawing, size: tuple[int, int], numbers: Mapping[str, int]) -> tuple[Boxes, int]:

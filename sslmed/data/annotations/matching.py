@@ -67,8 +67,9 @@ def files_below(folder: Path) -> tuple[list[tuple[str, Path]], list[str]]:
     found: list[tuple[str, Path]] = []
     outside: list[str] = []
     for place, folders, files in os.walk(folder):
-        links = [Path(place, name) for name in folders if Path(place, name).is_symlink()]
-        outside += [relative_name(link.relative_to(folder)) for link in links]  # os.walk does not follow them
+        links = [Path(place, name) for name in folders if Path(place, name).is_symlink()]  # os.walk follows none
+        away = [link for link in links if not Path(os.path.realpath(link)).is_relative_to(real)]
+        outside += [relative_name(link.relative_to(folder)) for link in away]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for file in files:
             path = Path(place, file)

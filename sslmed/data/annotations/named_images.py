@@ -62,6 +62,10 @@ class Images:
         bits = int(self.store.scans.flipped[scan])
         return bool(bits & 1), bool(bits & 2), bool(bits & 4)
 
+    def sheared(self, scan: int) -> bool:
+        """See `Scan.sheared`."""
+        return bool(self.store.scans.sheared[scan])
+
     def name(self, scan: int) -> str:
         """What to call a scan: its folder when it is a series that has one for itself, else its file."""
         first = int(self.store.scans.first[scan])

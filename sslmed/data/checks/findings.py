@@ -113,10 +113,14 @@ class Checker:
         """
         self._scans.append(_Seen(name, patient, side, measured))
 
-    def refused(self, name: str, reason: str, *, by_modality: bool = False) -> None:
-        """A scan that cannot be used: its file is bad, or it is good and the modality does not take such scans."""
+    def refused(self, name: str, reason: str, *, by_modality: bool = False, slices: int = 0) -> None:
+        """A scan that cannot be used: its file is bad, or it is good and the modality does not take such scans.
+
+        ``slices`` of its series are left out with it.
+        """
         code = "not-for-this-modality" if by_modality else refusal_code(reason)
-        self._told.append(Finding(code, "error", (name,), reason))
+        others = f" (one of {slices} slices)" if slices else ""
+        self._told.append(Finding(code, "error", (name,), reason + others))
 
     def tell(self, code: str, severity: Severity, files: Sequence[str], detail: str) -> None:
         """Something that was found elsewhere, such as a label without an image."""
@@ -206,17 +210,13 @@ def _spacings(scans: Sequence[_Seen]) -> Iterator[Finding]:
 
 
 def _orientations(scans: Sequence[_Seen]) -> Iterator[Finding]:
-    keys: tuple[tuple[str, Callable[[_Seen], str]], ...] = (
-        ("axes point", lambda scan: scan.told.orientation),
-        ("handedness is", lambda scan: {1: "right", -1: "left"}.get(scan.told.handedness, "")),
-    )
     flipped: dict[str, list[str]] = defaultdict(list)
-    for what, key in keys:
-        told = Counter(key(scan) for scan in scans if key(scan))
-        for usual, many in told.most_common(1) if len(told) > 1 else ():
-            for scan in scans:
-                if key(scan) and key(scan) != usual:
-                    flipped[scan.name].append(f"{what} {key(scan)}, in {many} of {told.total()} scans {usual}")
+    told = Counter(scan.told.orientation for scan in scans if scan.told.orientation)
+    for usual, many in told.most_common(1) if len(told) > 1 else ():
+        for scan in scans:
+            axes = scan.told.orientation
+            if axes and axes != usual:
+                flipped[scan.name].append(f"axes point {axes}, in {many} of {told.total()} scans {usual}")
     for name, why in flipped.items():
         yield Finding("orientation-flip", "warning", (name,), "; ".join(why))
 

@@ -18,7 +18,8 @@ class Measured:
     """What is kept of a scan that was read: some numbers, no pixels.
 
     Attributes:
-        kind, spacing, orientation, modality, annotated, identity, slices, part, split, patient: see `Scan`.
+        kind, spacing, orientation, modality, annotated, identity, slices, part, split, labels, sheared, patient,
+            study: see `Scan`.
         shape: of the pixels as accepted; ``dtype`` likewise.
         affine: the 16 numbers of `Scan.affine`, row by row.
         low, high: least and greatest value.
@@ -44,19 +45,15 @@ class Measured:
     slices: tuple[str, ...]
     part: str
     split: str
+    labels: tuple[tuple[str, str], ...]
+    sheared: bool
     patient: str = field(repr=False)
+    study: str = field(repr=False)
 
     @property
     def colour(self) -> bool:
         """Whether the pixels have three channels."""
         return len(self.shape) == (3 if self.kind == "image" else 4)
-
-    @property
-    def handedness(self) -> int:
-        """1 where the axes are a right-handed set, -1 where a left-handed one, 0 where that is not known."""
-        if self.affine is None:
-            return 0
-        return int(np.sign(np.linalg.det(np.reshape(self.affine, (4, 4))[:3, :3]).round(9)))
 
     @property
     def depth(self) -> int:
@@ -103,7 +100,10 @@ class Measure:
             slices=tuple(map(str, scan.slices)),
             part=scan.part,
             split=scan.split,
+            labels=tuple(scan.labels.items()),
+            sheared=scan.sheared,
             patient=scan.patient,
+            study=scan.study,
         )
 
 

@@ -81,6 +81,7 @@ def _as_store(scans: Sequence[Unwritten]) -> SimpleNamespace:
             source_height=sides[:, 0],
             source_width=sides[:, 1],
             flipped=np.zeros(len(scans), np.uint8),  # whether something fits does not depend on it
+            sheared=np.array([scan.told.sheared for scan in scans]),
         ),
         annotations=SimpleNamespace(masked=none.copy, boxed=none.copy),
         volume=volume,

@@ -5,7 +5,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -272,9 +272,12 @@ def _volume(pixels: Pixels, dataset: "Dataset", path: Path, frames: int) -> Scan
 def stacked(pixels: Pixels, dataset: "Dataset", path: Path, slices: list[planes.Plane], resample_tilt: bool) -> Scan:
     """Slices (D, H, W) in any order as a volume, sorted along their normal; see `planes.stack`."""
     found = planes.stack(slices, resample_tilt)
-    volume, matrix = pixels[found.order], found.affine
+    volume, matrix = pixels, found.affine
+    if found.order != list(range(len(found.order))):
+        volume = pixels[found.order]
     if found.slide != (0.0, 0.0):
         fill = values.AIR if dataset.Modality == "CT" else float(volume.min())
         volume, matrix = planes.upright(volume, found, fill)
     spacing = (found.gap, *slices[0].spacing)
-    return described(finished(volume, dataset), dataset, path, Geometry("volume", spacing, matrix))
+    scan = described(finished(volume, dataset), dataset, path, Geometry("volume", spacing, matrix))
+    return replace(scan, sheared=found.slide != (0.0, 0.0))

@@ -68,8 +68,8 @@ def compact(values: Pixels, modality: str) -> Pixels:
     if values.dtype.kind != "f":
         for kind in (np.int16,) if modality == "CT" else (np.uint16, np.int16):
             if values.min() >= np.iinfo(kind).min and values.max() <= np.iinfo(kind).max:
-                return values.astype(kind)
-    return values.astype(np.float32)
+                return values.astype(kind, copy=False)
+    return values.astype(np.float32, copy=False)
 
 
 def rescaled(
@@ -179,6 +179,8 @@ def palette(stored: Pixels, dataset: "Dataset") -> Pixels:
     if "SegmentedRedPaletteColorLookupTableData" in dataset:
         from pydicom.pixels.processing import apply_color_lut
 
+        for colour in ("Red", "Green", "Blue", "Alpha"):
+            _check_segments(dataset.get(f"Segmented{colour}PaletteColorLookupTableData") or b"", dataset)
         return np.asarray(apply_color_lut(stored.astype(np.int32), dataset)[..., :3])
     channels, depth = [], 8
     for colour in ("Red", "Green", "Blue"):
@@ -191,3 +193,17 @@ def palette(stored: Pixels, dataset: "Dataset") -> Pixels:
         channels.append(_table(stored, data, (count, first, bits), dataset, np.iinfo(stored.dtype).max))
     colours = np.stack(channels, axis=-1)
     return colours.astype(np.uint8 if colours.max() <= 255 and depth == 8 else np.uint16)
+
+
+def _check_segments(data: bytes, dataset: "Dataset") -> None:
+    """Refuse segments that fill more than a table holds (PS3.3, C.7.9.2): each may claim 65535 entries in 6 bytes."""
+    order = "<" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">"
+    kind = np.dtype(f"{order}u{int(dataset.RedPaletteColorLookupTableDescriptor[2]) // 8}")
+    words = np.frombuffer(data, kind, len(data) // kind.itemsize).tolist()
+    place = filled = 0
+    while place + 1 < len(words):
+        code, length = words[place : place + 2]
+        filled += length
+        if code > 1 or filled > 2**16:
+            raise RefusedError("has a palette of indirect segments, or of more than 65536 entries")
+        place += 3 if code else 2 + length

@@ -32,7 +32,8 @@ def find(source: Path) -> list[Path]:
 def listing(source: Path) -> Listing:
     """List a folder, or one file.
 
-    DICOM files often have no suffix, or the end of a number for one: those are known by the magic in their content.
+    DICOM files often have no suffix, the end of a number for one, or a maker's (Siemens: .IMA): they are known by the
+    magic in their content, whatever they are called.
     Hidden files and folders (a leading dot) are in no list. A link to a folder within the source is followed, each
     folder once. A link that leads out of the source is not: who may read this folder need not be meant to read that
     one. The source itself may be a link.
@@ -74,8 +75,6 @@ def _known(path: Path) -> bool:
         return False
     if path.name.lower().endswith(tuple(SUFFIXES)):
         return True
-    if path.suffix and not path.suffix[1:].isdigit():
-        return False
     try:
         with path.open("rb") as file:
             return file.read(132)[128:] == b"DICM"

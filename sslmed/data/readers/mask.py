@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from sslmed.data import readers
-from sslmed.data.readers import raster
+from sslmed.data.readers import dicom, raster
+from sslmed.data.readers.dicom_values import QUANTITIES
 from sslmed.data.readers.refusal import Pixels, RefusedError, one_error, whole
 from sslmed.data.scan import Scan
 
@@ -33,12 +34,23 @@ def read_masks(path: Path) -> Iterator[Scan]:
             head = file.read(_IHDR.stop)
         if head.startswith(raster.JPEG_MAGIC):
             raise RefusedError("is a JPEG, which changes the values that it holds; save the mask as PNG")
+        if dicom.is_dicom_file(path) and _windowed(path):
+            raise RefusedError("is DICOM with a window or inverted, which changes its values; save the mask as PNG")
         if head.startswith(raster.PNG_MAGIC):
             found = iter([Scan(_png(whole(path), head[_IHDR]), None, path)])
         else:
             found = readers.scans(path)
         for scan in found:
             yield replace(scan, pixels=_numbers(_single(scan.pixels) if scan.kind == "image" else scan.pixels))
+
+
+def _windowed(path: Path) -> bool:
+    names = ("WindowCenter", "VOILUTSequence", "ModalityLUTSequence")
+    with dicom.quiet():
+        header = dicom.header(path, (*names, "PhotometricInterpretation"))
+        inverted = header.get("PhotometricInterpretation") == "MONOCHROME1"
+        shown = inverted or any(header.get(name) not in (None, "") for name in names)
+        return header.get("Modality") not in QUANTITIES and shown
 
 
 def _png(content: bytes, header: bytes) -> Pixels:

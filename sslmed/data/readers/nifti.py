@@ -22,6 +22,7 @@ GZIP_MAGIC = b"\x1f\x8b"
 _MAGIC = {344: (b"n+1\0",), 4: (b"n+2\0\r\n\x1a\n",)}  # offset in the header -> magic of a single file
 _PAIR = {344: (b"ni1\0",), 4: (b"ni2\0\r\n\x1a\n",)}
 _HEADER = 540  # of NIfTI-2, the longer one
+MOST_VOLUMES = 10_000  # of one file; without an end, a few kilobytes of gzip would hold 10^9 volumes of one voxel
 _KINDS = ("u1", "i1", "u2", "i2", "u4", "i4", "f4", "f8")
 
 
@@ -95,8 +96,8 @@ def _claims(header: Any) -> tuple[tuple[int, int, int], int, np.dtype[Any], int]
         )
     check_size(*shape[:3])
     count = shape[3] if len(shape) == 4 else 1
-    if count < 1:
-        raise RefusedError(f"claims {count} volumes")
+    if not 1 <= count <= MOST_VOLUMES:
+        raise RefusedError(f"claims {count} volumes; allowed: 1 to {MOST_VOLUMES}")
     dtype = header.get_data_dtype()
     if dtype.newbyteorder("=").str[1:] not in _KINDS:
         raise RefusedError(f"holds {dtype}; allowed: integers of 8, 16 or 32 bits and floats of 32 or 64")

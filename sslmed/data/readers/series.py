@@ -10,7 +10,7 @@ import numpy as np
 from sslmed.data.readers import dicom, planes
 from sslmed.data.readers.dicom_pixels import check, stored_values
 from sslmed.data.readers.dicom_values import QUANTITIES
-from sslmed.data.readers.refusal import BYTE_LIMIT, RefusedError, one_error, whole
+from sslmed.data.readers.refusal import BYTE_LIMIT, Pixels, RefusedError, one_error, whole
 from sslmed.data.scan import Scan
 
 if TYPE_CHECKING:
@@ -90,14 +90,29 @@ def read_series(paths: Sequence[Path], resample_tilt: bool = False) -> Scan:
         if len(paths) * int(first.Rows) * int(first.Columns) * 4 > BYTE_LIMIT:
             raise RefusedError(f"and its series claim {len(paths)} x {first.Rows} x {first.Columns} pixels: too many")
         found = planes.stack(slices, resample_tilt)
-    pixels = []
-    for path in paths:
+    in_order = [paths[number] for number in found.order]
+    volume = _decoded(in_order)
+    with one_error(paths[0]):
+        scan = dicom.stacked(volume, first, in_order[0], [slices[number] for number in found.order], resample_tilt)
+        return replace(scan, slices=tuple(in_order))
+
+
+def _decoded(paths: Sequence[Path]) -> Pixels:
+    """(D, H, W), filled slice by slice: a series of a thousand slices is there once, not seven times."""
+    volume: Pixels | None = None
+    for number, path in enumerate(paths):
         with one_error(path), dicom.quiet():
             dataset = dicom.parse(_content(path))
-            pixels.append(dicom.meaning(stored_values(dataset, check(dataset))[0], dataset, 0))
-    with one_error(paths[0]):
-        scan = dicom.stacked(np.stack(pixels), first, paths[found.order[0]], slices, resample_tilt)
-        return replace(scan, slices=tuple(paths[number] for number in found.order))
+            pixels = dicom.finished(dicom.meaning(stored_values(dataset, check(dataset))[0], dataset, 0), dataset)
+            if volume is None:
+                volume = np.empty((len(paths), *pixels.shape), pixels.dtype)
+            elif pixels.dtype != volume.dtype:
+                volume = volume.astype(np.result_type(volume, pixels))
+            if pixels.shape != volume.shape[1:]:
+                raise RefusedError(f"decodes to {pixels.shape}, another slice of the same volume to {volume.shape[1:]}")
+            volume[number] = pixels
+    assert volume is not None  # noqa: S101  # for the type checker
+    return volume
 
 
 def _content(path: Path) -> bytes:
@@ -124,6 +139,8 @@ def _slice(header: "Dataset") -> planes.Plane:
 
 
 def _check_alike(header: "Dataset", first: "Dataset") -> None:
+    if len({" ".join(str(one.get("PatientID") or "").casefold().split()) for one in (header, first)}) > 1:
+        raise RefusedError("has another PatientID than another slice of the same volume: whose it is, is open")
     for name in ("SeriesInstanceUID", "Modality", "Rows", "Columns", "RescaleType"):
         if header.get(name) != first.get(name):
             raise RefusedError(f"has {name} {header.get(name)}, another slice of the same volume {first.get(name)}")

@@ -72,9 +72,9 @@ class ScanTable:
     """What is known of each scan: arrays of one length, an entry a scan.
 
     ``first`` its first row, ``depth`` its number of rows; ``kind`` position in KINDS; ``source_height``,
-    ``source_width`` of its images before ``ingest --size``; ``flipped`` see `Scan.flipped`, as 1, 2 and 4; ``low``,
-    ``high``, ``mean``, ``std`` its `Intensity`; ``spacing`` (S, 3) mm between slices, down and across, of the images
-    as stored, NaN where unknown; ``geometry`` place in `Geometries`, -1 where the scan is not placed in the patient.
+    ``source_width`` of its images before ``ingest --size``; ``flipped``, as 1, 2 and 4, and ``sheared`` see
+    `Scan`; ``low``, ``high``, ``mean``, ``std`` its `Intensity`; ``spacing`` (S, 3) mm between slices, down and across,
+    of the images as stored, NaN where unknown; ``geometry`` place in `Geometries`, -1 where it is not placed.
     """
 
     first: npt.NDArray[np.uint32]
@@ -83,6 +83,7 @@ class ScanTable:
     source_height: npt.NDArray[np.uint32]
     source_width: npt.NDArray[np.uint32]
     flipped: npt.NDArray[np.uint8]
+    sheared: npt.NDArray[np.uint8]
     low: npt.NDArray[np.float64]
     high: npt.NDArray[np.float64]
     mean: npt.NDArray[np.float64]
@@ -132,6 +133,7 @@ SCAN = np.dtype(
         ("source_height", "u4"),
         ("source_width", "u4"),
         ("flipped", "u1"),
+        ("sheared", "u1"),
         ("low", "f8"),
         ("high", "f8"),
         ("mean", "f8"),
@@ -164,7 +166,7 @@ def read_about(path: Path) -> dict[str, Any]:
         whole = about["digest"] == digest(about)
     except FileNotFoundError as error:
         raise DataError(
-            f"{path} is no store: it has no {STORE_JSON}. Make one: sslmed ingest SOURCE --out STORE"
+            f"{path} is no store: it has no {STORE_JSON}. Make one: sslmed ingest SOURCE --out STORE --modality M"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path / STORE_JSON} cannot be read ({error}). Ingest the images again.") from error

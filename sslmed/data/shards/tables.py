@@ -22,7 +22,7 @@ class NewScan:
         pixels: (H, W) or (H, W, 3) of an image, (D, H, W) or (D, H, W, 3) of a volume or clip.
         content: keyed digest of the scan as it was read.
         source_size: height and width before they were shrunk.
-        spacing, affine, flipped, grid: of the pixels as they are here; see `Scan`.
+        spacing, affine, flipped, sheared, grid: of the pixels as they are here; see `Scan`.
         note: what the caller wants to know of the scan when all are written; plain JSON. It is kept through a kill.
     """
 
@@ -34,6 +34,7 @@ class NewScan:
     spacing: tuple[float, ...] | None = None
     affine: npt.NDArray[np.float64] | None = None
     flipped: tuple[bool, bool, bool] = (False, False, False)
+    sheared: bool = False
     grid: NiftiGrid | None = None
     note: Any = None
 
@@ -75,7 +76,8 @@ class Tables:
         source = scan.source_size or (height, width)
         kind = KINDS.index(scan.kind)
         flipped = sum(1 << axis for axis, turned in enumerate(scan.flipped) if turned)
-        self.scans.append((first, depth, kind, *source, flipped, *scan.intensity, spacing, self._place(scan)))
+        placed = self._place(scan)
+        self.scans.append((first, depth, kind, *source, flipped, scan.sheared, *scan.intensity, spacing, placed))
         return first
 
     def _place(self, scan: NewScan) -> int:

@@ -86,6 +86,7 @@ class Keep:
             spacing,
             affine,
             scan.flipped,
+            scan.sheared,
             scan.grid,
             note=told.as_list(),
         )

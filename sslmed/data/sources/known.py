@@ -1,6 +1,6 @@
 """What is known of each row of a store that is being made: whose it is, its split, labels and meta columns."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,36 +20,76 @@ Labelled = list[tuple[LabelColumn, npt.NDArray[np.int16]]]
 Described = list[tuple[MetaColumn, npt.NDArray[Any]]]
 
 
-def rows_of(found: Catalogue, writer: StoreWriter, wanted: Sequence[Unit]) -> tuple[list[Row], list[Told]]:
-    """What is known of each row, and what each scan's file told.
+def rows_of(found: Catalogue, told: Sequence[Told], depths: Sequence[int], wanted: Sequence[Unit]) -> list[list[Row]]:
+    """What is known of each row of each scan; see `rows_of_scan`. What is taken for granted is said."""
+    adopt_labels(found, told)
+    others = other_names(found, told, wanted)
+    rows = [rows_of_scan(found, scan, depth, wanted, others) for scan, depth in zip(told, depths, strict=True)]
+    warn_of_strangers(found, [each for _, each in rows])
+    return [each for each, _ in rows]
 
-    Whose a scan is the labels CSV says, else ``--patient``, else its DICOM file; else it is a patient of its own, which
-    is said.
+
+def other_names(found: Catalogue, told: Sequence[Told], wanted: Sequence[Unit]) -> dict[str, str]:
+    """By PatientID, what the labels CSV or ``--patient`` calls that patient, where it calls him by one name.
+
+    Series of which the CSV says nothing are of the same patient as those of which it does.
+    """
+    names: dict[str, set[str]] = {}
+    for scan in told:
+        if who := _same(scan.patient):
+            paths = [Path(source) for source in scan.sources] or [wanted[scan.unit].paths[0]]
+            names.setdefault(who, set()).update(row.patient for path in paths if (row := found.row(path)))
+    return {who: next(iter(given)) for who, given in names.items() if len(given) == 1}
+
+
+def _same(patient: str) -> str:
+    return " ".join(patient.casefold().split())
+
+
+def rows_of_scan(
+    found: Catalogue, scan: Told, depth: int, wanted: Sequence[Unit], others: Mapping[str, str]
+) -> tuple[list[Row], str]:
+    """What is known of each row of a scan, and what stood in for its patient: "", "study" or "file".
+
+    Whose a scan is the labels CSV says, else ``--patient``, else its DICOM file: PatientID, or without one the study,
+    of which at least the series belong together. Else it is a patient of its own.
+
+    Args:
+        others: see `other_names`.
 
     Raises:
         DataError: slices of one series belong to several patients.
     """
-    told = [Told.from_list(note) for note in writer.notes]
-    _adopt_labels(found, told)
-    rows: list[Row] = []
-    own = 0
-    for scan, depth in zip(told, writer.scans("depth").tolist(), strict=True):
-        paths = [Path(source) for source in scan.sources] or [wanted[scan.unit].paths[0]]
-        of_slices = [found.row(path) for path in paths]
-        if not any(of_slices):
-            of_slices = [found.row(path, scan.patient) for path in paths]
-        if not any(of_slices):
-            own += 1
-            # A part in a folder of parts is one image of many, another one a volume of the file's patient.
-            alone = [found.alone(path, scan.part if "/" in scan.part else "") for path in paths]
-            of_slices = [replace(row, patient=alone[0].patient) for row in alone]
-        rows += [_with(found, row, scan) for row in _of_one(found, paths, of_slices)] * (depth // len(paths))
-    if own:
+    paths = [Path(source) for source in scan.sources] or [wanted[scan.unit].paths[0]]
+    whose = others.get(_same(scan.patient), scan.patient) or (f"study {scan.study}" if scan.study else "")
+    instead = "study" if scan.study and not scan.patient.strip() else ""
+    of_slices = [found.row(path) for path in paths]
+    if any(of_slices):
+        instead = ""
+    else:
+        of_slices = [found.row(path, whose) for path in paths]
+    if not any(of_slices):
+        instead = "file"
+        # A part in a folder of parts is one image of many, another one a volume of the file's patient.
+        alone = [found.alone(path, scan.part if "/" in scan.part else "") for path in paths]
+        of_slices = [replace(row, patient=alone[0].patient) for row in alone]
+    rows = [_with(found, row, scan) for row in _of_one(found, paths, of_slices)]
+    return rows * (depth // len(paths)), instead
+
+
+def warn_of_strangers(found: Catalogue, instead: Sequence[str]) -> None:
+    """Say of how many scans nobody told the patient, from what stood in for it."""
+    whole = len(instead)
+    if own := instead.count("file"):
         found.warnings.append(
-            f"nobody says whose {own} of {len(told)} scans are (no --patient, no labels CSV, no DICOM PatientID): each "
+            f"nobody says whose {own} of {whole} scans are (no --patient, no labels CSV, no DICOM PatientID): each "
             "of their files counts as a patient of its own, so images of one patient may lie on two sides of the split"
         )
-    return rows, told
+    if studies := instead.count("study"):
+        found.warnings.append(
+            f"{studies} of {whole} scans have no PatientID: each study counts as a patient of its own, so images of "
+            "one patient may lie on two sides of the split"
+        )
 
 
 def columns(
@@ -73,7 +113,7 @@ def columns(
     ]
 
 
-def _adopt_labels(found: Catalogue, told: Sequence[Told]) -> None:
+def adopt_labels(found: Catalogue, told: Sequence[Told]) -> None:
     """Labels that stand in the files of images themselves, where no CSV names others."""
     if found.table is None and not found.folders and not found.labels:
         found.labels = tuple(dict.fromkeys(name for scan in told for name, _ in scan.labels))
@@ -84,8 +124,8 @@ def _of_one(found: Catalogue, paths: Sequence[Path], rows: Sequence[Row | None])
     known = [row for row in rows if row is not None]
     if other := next((row for row in known if row.patient != known[0].patient), None):
         raise DataError(
-            f"{known[0].name} and {other.name} are slices of one series, but belong to the patients "
-            f"{known[0].patient!r} and {other.patient!r}. Mend the labels CSV, or --patient."
+            f"{known[0].name} and {other.name} are slices of one series, but belong to different patients. "
+            "Mend the labels CSV, or --patient."
         )
     side = next((row.split for row in known if row.split), "")
     blank = ("",) * len(known[0].values)

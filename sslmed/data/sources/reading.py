@@ -6,7 +6,7 @@ Nothing here knows what becomes of a scan: the caller says what to make of it, w
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from sslmed.data.workers import follow
 
 BATCH_FILES, BATCH_BYTES = 8, 2**24  # of a worker's task, unless one unit has more
 HEADERS = 64  # files a task when only headers are read
-_STREAMED = ".npz"  # holds as many images as it likes: read here, one by one
+SCANS = 16  # of one file that a worker hands over: the others, of thousands perhaps, are read here one by one
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -46,10 +46,12 @@ class Refused:
     """Why a unit, or the rest of it, cannot be used; without its path.
 
     ``by_modality``: it was read, but the modality, or what should have been made of it, has no use for such a scan.
+    ``at``: which of the unit's files it is about.
     """
 
     reason: str
     by_modality: bool = False
+    at: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ class Read(Generic[T]):
             yield made
 
     def all(self, units: Sequence[Unit]) -> list[list[T | Refused]]:
-        """What `__call__` gives for each unit."""
-        return [list(self(unit)) for unit in units]
+        """What `__call__` gives for the first scans of each unit."""
+        return [list(islice(self(unit), SCANS)) for unit in units]
 
     def _scans(self, unit: Unit) -> Iterator[Scan]:
         if len(unit.paths) > 1:
@@ -97,8 +99,9 @@ class Read(Generic[T]):
 
 def _refused(error: DataError, unit: Unit) -> Refused:
     text = str(error)
-    for path in unit.paths:
-        text = text.removeprefix(f"{path}: ")
+    for number, path in enumerate(unit.paths):
+        if text.startswith(f"{path}: "):
+            return Refused(text.removeprefix(f"{path}: "), at=number)
     return Refused(text)
 
 
@@ -113,26 +116,17 @@ class Pool:
         """Whether there is no process but this one."""
         return self._executor is None
 
-    def map(
-        self, function: Callable[[Item], Made], items: Iterable[Item], here: Callable[[Item], bool] = lambda _: False
-    ) -> Iterator[Made]:
-        """``function`` of each item, in order; a few items ahead of who asks, and no more.
-
-        Args:
-            here: whether an item is to be done in this process, when its turn comes.
-        """
+    def map(self, function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+        """``function`` of each item, in order; a few items ahead of who asks, and no more."""
         if self._executor is None:
             yield from map(function, items)
             return
         pool = self._executor
-        tasks: Iterator[tuple[Item, Future[Made] | None]] = (
-            (item, None if here(item) else pool.submit(function, item)) for item in items
-        )
+        tasks = (pool.submit(function, item) for item in items)
         waiting = deque(islice(tasks, 2 * self._workers))
         try:
             while waiting:
-                item, task = waiting.popleft()
-                yield function(item) if task is None else task.result()
+                yield waiting.popleft().result()
                 waiting.extend(islice(tasks, 1))
         except BrokenProcessPool as error:
             raise TemporaryError(
@@ -195,45 +189,33 @@ def read_all(
     read: Read[T], wanted: Sequence[Unit], processes: Pool, start: int = 0
 ) -> Iterator[tuple[int, Iterable[T | Refused]]]:
     """Each unit's number and what `Read` gives for it, from unit ``start`` on, in order; to be taken at once."""
-    streamed = Streamed(read, lazily=processes.alone)
-    batches = _batches(wanted, start)
-    for first, results in processes.map(streamed, batches, here=streamed.here):
-        yield from enumerate(results, start=first)
+    if processes.alone:
+        yield from ((number, read(wanted[number])) for number in range(start, len(wanted)))
+        return
+    number = start
+    for results in processes.map(read.all, _batches(wanted[start:])):
+        for first in results:
+            yield number, _whole(first, wanted[number], read)
+            number += 1
 
 
-@dataclass(frozen=True)
-class Streamed(Generic[T]):
-    """Reads a batch of units; ``lazily``, and where `here` says so, each is left to be read as it is asked for."""
-
-    read: Read[T]
-    lazily: bool
-
-    def __call__(self, batch: tuple[int, Sequence[Unit]]) -> tuple[int, Sequence[Iterable[T | Refused]]]:
-        first, units = batch
-        return first, [self.read(unit) for unit in units] if self.lazily or self.here(batch) else self.read.all(units)
-
-    def here(self, batch: tuple[int, Sequence[Unit]]) -> bool:
-        """Whether it holds a file of very many images."""
-        return batch[1][0].paths[0].suffix.lower() == _STREAMED
+def _whole(first: Sequence[Made], unit: Unit, read: Callable[[Unit], Iterator[Made]]) -> Iterator[Made]:
+    """What a worker made of the first scans of a unit, then what is made of the others here, one by one."""
+    yield from first
+    if len(first) == SCANS:
+        yield from islice(read(unit), SCANS, None)
 
 
-def _batches(wanted: Sequence[Unit], start: int) -> Iterator[tuple[int, list[Unit]]]:
-    first = start
+def _batches(wanted: Sequence[Unit]) -> Iterator[list[Unit]]:
     batch: list[Unit] = []
-    for number in range(start, len(wanted)):
-        unit = wanted[number]
-        alone = unit.paths[0].suffix.lower() == _STREAMED
+    for unit in wanted:
         files, size = sum(len(each.paths) for each in batch), sum(each.bytes for each in batch)
-        full = files >= BATCH_FILES or size >= BATCH_BYTES
-        if batch and (alone or full):
-            yield first, batch
-            first, batch = number, []
+        if batch and (files >= BATCH_FILES or size >= BATCH_BYTES):
+            yield batch
+            batch = []
         batch.append(unit)
-        if alone:
-            yield first, batch
-            first, batch = number + 1, []
     if batch:
-        yield first, batch
+        yield batch
 
 
 def _series(paths: Sequence[Path]) -> list[str | Refused | None]:

@@ -58,6 +58,16 @@ def changed(*path: str | int, value: object) -> dict[str, Any]:
     return content
 
 
+def test_objects_of_images_that_are_not_listed_are_counted(tmp_path: Path) -> None:
+    found = coco(tmp_path, changed("annotations", 0, "image_id", value=99))
+    assert (found.strays, len(found.images[0].corners)) == (1, 1)
+
+
+def test_an_image_of_nothing_but_a_crowd_is_no_negative(tmp_path: Path) -> None:
+    content = changed("annotations", 2, "image_id", value=2)
+    assert [image.names for image in coco(tmp_path, content).images] == [("a.jpg",)]
+
+
 def test_coco_in_exact_numbers(tmp_path: Path) -> None:
     found = coco(tmp_path, COCO)
     first, second = found.images
@@ -110,7 +120,6 @@ def test_a_folder_of_voc_files_lists_those_that_are_damaged(tmp_path: Path) -> N
         (changed("images", 0, "id", value=2), "image 2 twice"),
         (changed("images", 0, "file_name", value=""), "image 1 without a file_name"),
         (changed("images", 0, "id", value=None), "image's id is 'None'"),
-        (changed("annotations", 0, "image_id", value=99), "annotation of image 99"),
         (changed("annotations", 0, "image_id", value={}), "image_id"),
     ],
 )

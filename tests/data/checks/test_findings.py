@@ -181,16 +181,6 @@ def test_orientation_flip() -> None:
     assert only(checker) == Finding("orientation-flip", "warning", ("turned.dcm",), words)
 
 
-def test_handedness_flip() -> None:
-    checker = Checker("mri")
-    for number in range(3):
-        affine = np.diag([1.0, 1, -1 if number == 2 else 1, 1])
-        pixels = np.stack([image(number), image(number + 50)])
-        checker.add(f"{number}", told(pixels, kind="volume", spacing=(1, 1, 1), affine=affine), f"p{number}")
-    assert only(checker).files == ("2",)
-    assert only(checker).detail == "handedness is left, in 2 of 3 scans right"
-
-
 def test_burned_in_text() -> None:
     checker = clean()
     checker.add("text.dcm", told(image(30), spacing=(0.2, 0.2), annotated=True), "p")

@@ -31,7 +31,7 @@ def test_a_record_of_an_image() -> None:
         pixels,
     )
     assert (told.kind, told.shape, told.dtype, told.spacing) == ("image", (20, 30), "uint16", (0.5, 0.25))
-    assert (told.low, told.high, told.orientation, told.handedness) == (0, 599, "LPS", 0)
+    assert (told.low, told.high, told.orientation) == (0, 599, "LPS")
     assert told.content == KEY.content(pixels)
     assert told.likeness == scan_hash(scan(pixels))
     assert (told.modality, told.patient, told.identity, told.annotated) == ("CR", "P1", ("PatientID",), None)
@@ -72,11 +72,6 @@ def test_shapes_are_read_by_what_the_scan_is(
 def test_nothing_cannot_be_measured() -> None:
     with pytest.raises(DataError, match="a: has no pixels"):
         Measure(KEY)(scan(np.zeros((0, 5), np.uint8)), np.zeros((0, 5), np.uint8))
-
-
-def test_handedness_is_the_sign_of_the_affine() -> None:
-    for affine, sign in ((np.eye(4), 1), (np.diag([1.0, -2, 3, 1]), -1), (np.diag([0.0, 1, 1, 1]), 0)):
-        assert Measure(KEY)(scan(ramp(4, 20, 20), kind="volume", affine=affine), ramp(4, 20, 20)).handedness == sign
 
 
 def test_the_share_of_saturated_pixels() -> None:

@@ -226,6 +226,22 @@ def test_palette_colours(make: Make) -> None:
     assert pixels[3, 3].tolist() == [3, 1003, 2003]  # beyond the last: the last
 
 
+def test_palette_colours_in_segments(make: Make) -> None:
+    def colours(segments: list[int]) -> Any:
+        palette: dict[str, Any] = {}
+        for colour in ("Red", "Green", "Blue"):
+            palette[f"{colour}PaletteColorLookupTableDescriptor"] = [4, 0, 16]
+            data = struct.pack(f"<{len(segments)}H", *segments)
+            palette[f"Segmented{colour}PaletteColorLookupTableData"] = data
+        indices = np.arange(4, dtype=np.uint8).reshape(2, 2)
+        return read(make(indices, PhotometricInterpretation="PALETTE COLOR", Modality="US", **palette)).pixels
+
+    assert colours([0, 2, 5, 10, 1, 2, 30])[..., 0].tolist() == [[5, 10], [20, 30]]
+    for bomb in ([0, 1, 0, *[1, 65535, 0] * 1000], [0, 1, 0, 2, 9, 0, 0]):  # in 6 bytes 65535 entries, or others again
+        with pytest.raises(DataError, match="indirect segments, or of more than 65536 entries"):
+            colours(bomb)
+
+
 def test_colour_spaces_become_rgb_once(make: Make) -> None:
     red = np.full((2, 2, 3), [76, 85, 255], np.uint8)  # YBR of pure red (PS3.3, C.7.6.3.1.2)
     pixels = read(make(red, PhotometricInterpretation="YBR_FULL")).pixels
@@ -351,13 +367,14 @@ def test_big_endian_12_bit_window(tmp_path: Path, make: Make) -> None:
     np.testing.assert_array_equal(read(tmp_path / "b.dcm").pixels, plain)
 
 
-def test_files_without_a_suffix_are_found_by_their_magic(tmp_path: Path, make: Make) -> None:
-    make(RAMP, "IM000001")
-    make(RAMP, "1.2.840.10008.5")
-    make(RAMP, "notes.txt")
+def test_files_of_other_names_are_found_by_their_magic(tmp_path: Path, make: Make) -> None:
+    names = ["1.2.840.10008.5", "1.2.840.5_anon", "IM000001", "MR.0001.IMA", "a.dicom"]
+    for name in names:
+        make(RAMP, name)
     (tmp_path / "README").write_text("no image")
+    (tmp_path / "notes.txt").write_text("no image" * 99)
     (tmp_path / "empty").touch()
-    assert [path.name for path in find(tmp_path)] == ["1.2.840.10008.5", "IM000001"]
+    assert [path.name for path in find(tmp_path)] == names
 
 
 def test_importing_the_readers_imports_no_format_library() -> None:

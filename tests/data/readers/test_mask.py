@@ -1,6 +1,7 @@
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,3 +137,14 @@ def test_damaged_bytes_raise_a_data_error_only(tmp_path: Path) -> None:
         except DataError:
             refused += 1
     assert refused > 250
+
+
+@pytest.mark.parametrize("given", [{"WindowCenter": 0, "WindowWidth": 2}, {"PhotometricInterpretation": "MONOCHROME1"}])
+def test_no_window_comes_between_a_dicom_mask_and_its_values(tmp_path: Path, given: dict[str, Any]) -> None:
+    from dicoms import make_dataset
+
+    make_dataset(NUMBERS, Modality="OT").save_as(tmp_path / "plain.dcm")
+    np.testing.assert_array_equal(values(tmp_path / "plain.dcm"), NUMBERS)
+    make_dataset(NUMBERS, Modality="OT", **given).save_as(tmp_path / "shown.dcm")
+    with pytest.raises(DataError, match=r"shown\.dcm: is DICOM with a window or inverted"):
+        values(tmp_path / "shown.dcm")

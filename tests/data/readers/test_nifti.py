@@ -115,6 +115,12 @@ def test_volumes_come_one_after_another(tmp_path: Path, suffix: str, sides: tupl
         assert scan.grid.shape == (4, 5, 6)
 
 
+def test_a_few_bytes_do_not_hold_volumes_without_end(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii.gz", np.zeros((1, 1, 1, 10_001), np.uint8), kind=nibabel.Nifti2Image)
+    with pytest.raises(DataError, match="claims 10001 volumes; allowed: 1 to 10000"):
+        next(scans(path))
+
+
 def test_a_volume_that_is_bad_is_an_error_midway(tmp_path: Path) -> None:
     values = np.zeros((2, 2, 2, 3), np.float32)
     values[0, 0, 0, 1] = np.nan

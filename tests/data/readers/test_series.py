@@ -137,6 +137,7 @@ def test_a_series_that_is_no_volume_is_refused(
         ({"PixelSpacing": [0.5, 0.26]}, "different pixel spacing"),
         ({"Rows": 3}, "has Rows 3"),
         ({"SeriesInstanceUID": "1.9"}, "has SeriesInstanceUID 1.9"),
+        ({"PatientID": "another"}, "has another PatientID"),
     ],
 )
 def test_slices_must_be_alike(slices: Slices, tmp_path: Path, given: dict[str, Any], words: str) -> None:

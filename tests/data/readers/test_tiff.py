@@ -73,6 +73,13 @@ def test_a_clip_that_is_cut_is_never_a_shorter_one(tmp_path: Path, options: dict
         np.testing.assert_array_equal(scan.pixels, STACK)  # what was cut off says nothing of the pixels
 
 
+def test_pages_without_end_are_refused_before_any_is_read(tmp_path: Path) -> None:
+    pages = b"".join(bytes(2) + (14 + 6 * page).to_bytes(4, "little") for page in range(10_001))  # without a tag
+    (tmp_path / "a.tif").write_bytes(b"II*\0" + (8).to_bytes(4, "little") + pages + bytes(6))
+    with pytest.raises(DataError, match="more than 10000 pages"):
+        read(tmp_path / "a.tif")
+
+
 def test_pages_that_lead_in_a_circle_are_refused(tmp_path: Path) -> None:
     path = save(tmp_path, STACK[:2], photometric="minisblack", metadata=None)
     content = bytearray(path.read_bytes())

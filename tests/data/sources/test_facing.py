@@ -34,7 +34,7 @@ def test_every_voxel_keeps_its_place(signs: tuple[int, ...], order: tuple[int, .
     turned = facing(scan(affine, kind))
     np.testing.assert_allclose(turned.pixels, scan(turned.affine, kind).pixels, rtol=1e-5)
     axes = (0, 1, 2) if kind == "volume" else (1, 2)
-    assert all(turned.affine[order[axis], axis] > 0 for axis in axes)
+    assert all((turned.affine[order[axis], axis] > 0) == (axis == 0) for axis in axes)
     flipped = kind == "volume" and signs[0] < 0
     assert turned.slices == tuple(PLACES[::-1] if flipped else PLACES)
 
@@ -42,6 +42,21 @@ def test_every_voxel_keeps_its_place(signs: tuple[int, ...], order: tuple[int, .
 def test_what_is_not_placed_stays() -> None:
     given = scan(None)
     assert facing(given) is given
+
+
+@pytest.mark.parametrize("orientation", [[1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, -1]])
+@pytest.mark.parametrize("modality", ["DX", "CR", "US"])
+def test_a_picture_keeps_its_way_up_wherever_it_says_it_lies(
+    tmp_path: Path, modality: str, orientation: list[float]
+) -> None:
+    from dicoms import make_dataset
+
+    film = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    place = {"ImageOrientationPatient": orientation, "ImagePositionPatient": [0, 0, 0], "PixelSpacing": [1, 1]}
+    make_dataset(film, Modality=modality, **place).save_as(tmp_path / "placed.dcm")
+    placed = read(tmp_path / "placed.dcm")
+    assert placed.affine is not None
+    np.testing.assert_array_equal(facing(placed).pixels, film)
 
 
 def test_a_series_and_the_same_volume_as_nifti_are_one(tmp_path: Path) -> None:
