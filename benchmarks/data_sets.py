@@ -40,6 +40,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         previews = given.previews or Path(home) / "previews"
+        (Path(home) / "site.key").write_text("00" * 32)  # the split depends on the site's key: always the same here
         parts = [_part(each, given.data, Path(home), previews) for each in SETS]
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
     PAGE.write_text(f"{before}{START}\n" + "\n".join(parts) + f"\n{END}{rest.partition(END)[2]}", encoding="utf-8")
