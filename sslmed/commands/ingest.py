@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -136,6 +137,8 @@ def ingest(
     if label_columns and labels is None:
         raise UsageError("--label-columns names columns of a CSV: give --labels CSV too.")
     refuse_existing(out)
+    if out.absolute().is_relative_to(source.absolute()):
+        raise UsageError(f"--out {out} lies inside {source}, among the images. Give a folder outside of it.")
     if split is not None:
         read_split_file(split)  # a mistake in it is told before hours of reading
     drawn = Sources(masks, tuple(mask_classes), boxes)
@@ -160,24 +163,35 @@ def ingest(
             _fill(writer, read, wanted, processes, found)
             if not len(writer):
                 raise DataError(_all_bad(source, found))
-            told = [Told.from_list(note) for note in writer.notes]
-            rows = list(chain(*rows_of(found, told, writer.scans("depth").tolist(), wanted)))
-            patients = np.array([site_key.patient(row.patient).encode() for row in rows], "S32")
-            labelled, described = columns(found, rows, told, writer)
-            sides = _sides(found, rows, patients, writer.column("content"), labelled, split)
-            _warn_of_twins(found, writer.column("content")[writer.scans("first")])
-            digest = splits.digest(patients, sides)
-            with writer.finish(patients=patients, split=sides, split_digest=digest) as folder:
-                names, parts = [row.name for row in rows], [row.part for row in rows]
-                report = drawn.attach(folder, names, parts=parts, labels=labelled, meta=described)
-                result = _result(out, key_path, found, writer, patients, sides, labelled, report)
-                private.make(beside)
-                private.write_report(beside, {"source": str(source.absolute()), **result.as_dict()})
-                private.write_key_table(beside, rows, patients, writer.column("slice"))
+            with _pixels_are_kept(writer, beside):
+                told = [Told.from_list(note) for note in writer.notes]
+                rows = list(chain(*rows_of(found, told, writer.scans("depth").tolist(), wanted)))
+                patients = np.array([site_key.patient(row.patient).encode() for row in rows], "S32")
+                labelled, described = columns(found, rows, told, writer)
+                sides = _sides(found, rows, patients, writer.column("content"), labelled, split)
+                _warn_of_twins(found, writer.column("content")[writer.scans("first")])
+                digest = splits.digest(patients, sides)
+                with writer.finish(patients=patients, split=sides, split_digest=digest) as folder:
+                    names, parts = [row.name for row in rows], [row.part for row in rows]
+                    report = drawn.attach(folder, names, parts=parts, labels=labelled, meta=described)
+                    result = _result(out, key_path, found, writer, patients, sides, labelled, report)
+                    private.make(beside)
+                    private.write_report(beside, {"source": str(source.absolute()), **result.as_dict()})
+                    private.write_key_table(beside, rows, patients, writer.column("slice"))
     return result
 
 
 # The steps, in their order.
+
+
+@contextmanager
+def _pixels_are_kept(writer: StoreWriter, beside: Path) -> Iterator[None]:
+    """An error in labels, splits, masks or boxes says that nothing has to be read again."""
+    try:
+        yield
+    except DataError as error:
+        kept = f"What was read is kept: mend it and give the same command; or remove {writer.partial} and {beside}."
+        raise DataError("\n".join([*str(error).splitlines()[:5], kept])) from error
 
 
 def _check_numbers(size: int | None, workers: int) -> None:
@@ -223,7 +237,10 @@ def _plan(wanted: Sequence[Unit], found: Catalogue, read: Read[NewScan], shard_b
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for unit in wanted:
         for path in unit.paths:
-            facts = path.stat()
+            try:
+                facts = path.stat()
+            except OSError as error:
+                raise DataError(f"{path} was there a moment ago: {error.strerror}. Give the command again.") from error
             digest.update(
                 f"{found.name(path)}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
             )

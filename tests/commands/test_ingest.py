@@ -224,6 +224,11 @@ def test_leakage_is_refused_and_leaves_no_store(source: Path, tmp_path: Path) ->
         ingest(source, tmp_path / "a", modality="xray", labels=write_csv(source, "file,patient,split", rows))
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a.partial", "a.private", "raw", "site.key"]
     assert [path.name for path in (tmp_path / "a.private").iterdir()] == ["progress"]
+    with pytest.raises(DataError) as caught:
+        ingest(source, tmp_path / "a", modality="xray", labels=write_csv(source, "file,patient,split", rows))
+    assert "What was read is kept" in str(caught.value).splitlines()[-1]
+    assert str(tmp_path / ".a.partial") in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 6
 
 
 def test_identical_images_are_counted(source: Path, tmp_path: Path) -> None:
@@ -270,6 +275,7 @@ def test_the_report_lists_every_file_and_why(source: Path, tmp_path: Path) -> No
 
 
 BAD = {
+    "a store among the images": (2, lambda source: {"out": source / "store"}),
     "no source": (66, lambda source: {"source": source / "absent"}),
     "no source, with labels": (66, lambda source: {"source": source / "absent", "labels": write_csv(source)}),
     "empty folder": (65, lambda source: {"source": (source / "empty", (source / "empty").mkdir())[0]}),

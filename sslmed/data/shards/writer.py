@@ -115,6 +115,11 @@ class StoreWriter:
             if self._progress:
                 self._progress.remove()
 
+    @property
+    def partial(self) -> Path:
+        """The hidden folder in which the store comes about."""
+        return self._partial
+
     def __len__(self) -> int:
         return len(self._tables.rows)
 
