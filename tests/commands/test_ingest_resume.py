@@ -35,7 +35,7 @@ SCRIPT = """
     if where == "add":
         store_writer.StoreWriter.add = stopping(store_writer.StoreWriter.add)
     elif where == "shard":
-        store_writer._write = stopping(store_writer._write)
+        store_writer.write_flushed = stopping(store_writer.write_flushed)
     elif where == "progress":
         progress.Progress.save = stopping(progress.Progress.save)
     elif where == "publish":

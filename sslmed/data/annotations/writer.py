@@ -24,7 +24,7 @@ from sslmed.data.annotations.mask_values import Present, legend
 from sslmed.data.annotations.reader import Annotations
 from sslmed.data.shards.format import INDEX_H5, STORE_JSON, LabelColumn, MetaColumn, digest, read_about
 from sslmed.data.shards.hdf5 import chunk_filters, h5_bytes, new_h5, read_column
-from sslmed.durable import write_json
+from sslmed.durable import sync_folder, write_flushed, write_json
 
 MASK_SHARD_BYTES = 2**28  # of masks before compression; a shard is built in memory
 
@@ -82,7 +82,7 @@ def annotate(
             about["annotations"] = part
             about["digest"] = digest(about)
             Annotations(folder, about, len(shapes))  # what was written can be read
-            _flush(folder)
+            sync_folder(folder)
             write_json(folder / STORE_JSON, about)
         finally:
             _sweep(folder, Annotations(folder, read_about(folder), len(shapes), verify=False))
@@ -280,19 +280,8 @@ def _sweep(folder: Path, current: Annotations) -> None:
 
 
 def _write(path: Path, content: bytes) -> dict[str, Any]:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    write_flushed(path, content)
     return {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

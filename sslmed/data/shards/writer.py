@@ -35,7 +35,7 @@ from sslmed.data.shards.hdf5 import chunk_filters, h5_bytes, new_h5
 from sslmed.data.shards.progress import Part, Progress
 from sslmed.data.shards.tables import NewScan, Tables
 from sslmed.data.splits import SPLITS
-from sslmed.durable import write_json
+from sslmed.durable import sync_folder, write_flushed, write_json
 
 SHARD_BYTES = 2**28  # a shard is built in memory, is there twice while it goes to the disk, and is what a kill loses
 
@@ -187,10 +187,10 @@ class StoreWriter:
     def _publish(self) -> None:
         with disk_errors(self.target):
             self._partial.chmod(0o777 & ~_umask())
-            _flush(self._partial)
+            sync_folder(self._partial)
             refuse_existing(self.target)
             self._partial.rename(self.target)
-            _flush(self.target.parent)
+            sync_folder(self.target.parent)
         self._shards = []  # nothing is left to go on with
 
     def _go_on(self) -> None:
@@ -239,7 +239,7 @@ class StoreWriter:
         self._file.close()
         self._file, self._datasets, self._bytes = None, {}, 0
         name = self._shard_name()
-        _write(self._partial / name, content)
+        write_flushed(self._partial / name, content)
         shard = {"file": name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         if self._progress:
             rows, scans, geometries, notes, skips = self._saved
@@ -265,7 +265,7 @@ class StoreWriter:
                 for field in fields(kind):
                     file.create_dataset(prefix + field.name, data=np.ascontiguousarray(table.column(field.name)))
             content = h5_bytes(file)
-        _write(self._partial / INDEX_H5, content)
+        write_flushed(self._partial / INDEX_H5, content)
         return hashlib.sha256(content).hexdigest()
 
     def _about(self, split_digest: str) -> dict[str, Any]:
@@ -337,18 +337,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
