@@ -232,7 +232,7 @@ def _task(settings: FinetuneRecipe, store: Store, channels: int) -> _Task:
     check_channels(channels, store, policy, settings.data.slices)
     name = settings.data.target or store.default_target()
     if name is None:
-        raise DataError(f"the store {store.path} has no labels; ingest it with --labels, or with class folders")
+        raise DataError(f"the store {store.path} has no labels; add some: sslmed label STORE --labels CSV")
     target = store.target(name)
     train, val, test = (rows[target[rows] >= 0] for rows in (store.rows(split) for split in ("train", "val", "test")))
     (budget,) = protocol.parse(settings.labels.budget)

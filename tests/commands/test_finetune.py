@@ -388,7 +388,7 @@ def with_split(images: Path, folder: Path, header: str, keep: Any) -> Path:
 
 def test_a_store_without_labels(phantom_images: Path, random_settings: Settings, tmp_path: Path) -> None:
     store = with_split(phantom_images, tmp_path, "file,patient", lambda _, row: [row["file"], row["patient"]])
-    refused(DataError, "has no labels; ingest it with --labels", tmp_path / "run", store, overrides=random_settings)
+    refused(DataError, "has no labels; add some: sslmed label", tmp_path / "run", store, overrides=random_settings)
 
 
 @pytest.mark.parametrize(
