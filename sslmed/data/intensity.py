@@ -233,7 +233,8 @@ class Windowed:
         planes = []
         for level, width in self.windows:
             middle, half = level + jitter.level * width, jitter.width * width / 2
-            planes.append(_centred(pixels, max(middle - half, CT_LOW), middle + half))
+            low = max(middle - half, CT_LOW)
+            planes.append(_centred(pixels, low, max(middle + half, low + 1)))  # jitter may move all of it below air
         if len(planes) == 1:
             return planes[0]
         return np.concatenate([each[..., None] if each.ndim == 2 else each for each in planes], axis=2)

@@ -142,6 +142,15 @@ def test_a_jitter_is_relative_to_each_windows_own_width() -> None:
     assert STILL == (0, 1)
 
 
+def test_a_jitter_never_turns_a_window_upside_down() -> None:
+    """A window that ends just above air, moved below it."""
+    narrow = Windowed((Window(-1024, 40),))
+    pixels = np.array([[-2000, -1024, -1010, 0]], np.int16)
+    seen = narrow(pixels, hounsfield(pixels), Jitter(-0.6, 1.0))[0]
+    assert (np.diff(seen) >= 0).all()
+    assert seen[0] == seen[1] == -2
+
+
 def test_a_window_is_a_name_or_level_and_width() -> None:
     assert window((30, 150)) == Window(30, 150)
     with pytest.raises(ValueError, match="'brian' is no window; did you mean 'brain'"):
