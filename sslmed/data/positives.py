@@ -59,6 +59,7 @@ class Positives:
         self._found = np.full(len(store), -1, np.int32)  # of a store row in the three
         self._found[order] = np.arange(len(order), dtype=np.int32)
         self._images, self._with_partner = len(rows), self._count()
+        self._patients = len(np.unique(self.groups[rows]))
         if not self._with_partner:
             raise DataError(
                 f"none of the {len(rows):,} training images has {self._what}: data.positives={kind} would do nothing; "
@@ -82,7 +83,10 @@ class Positives:
 
     def note(self) -> str:
         """How many images have a partner, for the user."""
-        return f"positives: {self._with_partner:,} of {self._images:,} images have {self._what}"
+        found = f"positives: {self._with_partner:,} of {self._images:,} images have {self._what}"
+        if self._patients == 1:
+            found += "; all are of one patient, so that none repels another: a contrastive loss is 0"
+        return found
 
     def _count(self) -> int:
         """How many images have a partner."""

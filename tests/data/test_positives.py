@@ -121,6 +121,11 @@ def test_partners_come_from_the_training_rows_alone(store: Store) -> None:
     assert [set(drawn(positives, row, 20)) for row in (0, 2, 5, 7, 9, 3)] == [{2}, {0}, {5}, {7}, {9}, {3}]
 
 
+def test_one_patient_alone_is_told_that_nothing_repels(store: Store) -> None:
+    assert "none repels another" in Positives("patient", store, np.arange(4), 5.0).note()
+    assert "none repels another" not in Positives("patient", store, np.arange(5), 5.0).note()
+
+
 def test_groups_are_the_patients_whatever_the_positives(store: Store) -> None:
     patients = np.array([image[0] for image in IMAGES])
     for kind in PARTNERS:
