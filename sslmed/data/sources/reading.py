@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from sslmed.config import DataError, TemporaryError
 from sslmed.data import readers
@@ -151,15 +151,10 @@ def pool(workers: int) -> Iterator[Pool]:
             executor.shutdown(cancel_futures=True)
 
 
-def units(
-    paths: Sequence[Path], policy: Modality, processes: Pool, advance: Callable[[int], Any] = lambda _: None
-) -> tuple[list[Unit], list[tuple[Path, str]]]:
+def units(paths: Sequence[Path], policy: Modality, processes: Pool) -> tuple[list[Unit], list[tuple[Path, str]]]:
     """The units that files make up, in the order of their first files, and files whose header is bad, with the reason.
 
     DICOM files of one series are one unit where the modality reads volumes; every other file is a unit.
-
-    Args:
-        advance: told how many headers have been read since the last time.
     """
     series: dict[str, list[Path]] = {}
     found: list[list[Path]] = []
@@ -170,7 +165,6 @@ def units(
         batches = [slices[start : start + HEADERS] for start in range(0, len(slices), HEADERS)]
         for batch, told in zip(batches, processes.map(_series, batches), strict=True):
             names.update(zip(batch, told, strict=True))
-            advance(len(batch))
     for path in paths:
         name = names.get(path)
         if isinstance(name, Refused):
