@@ -9,7 +9,7 @@ from sslmed.config import UsageError
 from sslmed.data.intensity import Intensity
 from sslmed.data.modality import Modality, planes_of, refuse_other_policy
 from sslmed.data.store import Store
-from sslmed.data.views import Pixels, letterbox
+from sslmed.data.views import Pixels, letterbox, placed
 from sslmed.image_size import ImageSize
 
 
@@ -22,6 +22,23 @@ def network_input(
         pixels: (H, W), (H, W, 3) in colour, or (H, W, n), n neighbouring slices.
     """
     return as_tensor(modality.normalise(letterbox(pixels, size, intensity.low), intensity), channels)
+
+
+def to_image(scores: torch.Tensor | Pixels, shape: tuple[int, int], size: ImageSize) -> torch.Tensor:
+    """Scores (K, h, w) of a network's input to (K, H, W), the image's own pixels: the way back from `network_input`.
+
+    What the letterbox added is cut away; the rest is resized bilinearly with pixel centres at half numbers, as OpenCV
+    does it on the way there. Half-precision scores come back as float32.
+
+    Args:
+        scores: at the resolution of the input.
+        shape: height and width of the image.
+        size: of the input.
+    """
+    given = scores if isinstance(scores, torch.Tensor) else torch.tensor(scores)
+    top, left, height, width = placed(shape, size)
+    inside = given[:, top : top + height, left : left + width].to(torch.promote_types(given.dtype, torch.float32))
+    return torch.nn.functional.interpolate(inside[None], shape, mode="bilinear", align_corners=False)[0]
 
 
 def as_tensor(view: Pixels, channels: int) -> torch.Tensor:

@@ -1,8 +1,4 @@
-"""From the store to batches: which samples a step gets, and their views as tensors.
-
-The whole training is one finite stream of batches, a function of the seed alone. An interrupted run goes on at batch
-k of the same stream, whatever the number of workers; an epoch is a stretch of it, never a restart of the loader.
-"""
+"""From the store to batches: the views of samples as tensors. `sslmed.data.sampling` says which a step gets."""
 
 import functools
 import os
@@ -13,20 +9,21 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from pydantic import Field, field_validator
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from sslmed.config import Config, SslmedError, TemporaryError, UsageError
+from sslmed.config import Config, SslmedError, TemporaryError
 from sslmed.data.input import as_tensor, network_input
 from sslmed.data.intensity import window
 from sslmed.data.modality import Modality
 from sslmed.data.positives import Positives
+from sslmed.data.sampling import Rows, StreamSampler
 from sslmed.data.store import Store
+from sslmed.data.targets import UNKNOWN, Target
 from sslmed.data.views import ALL, Augment, Pixels, ViewConfig
 from sslmed.data.workers import follow
 from sslmed.image_size import ImageSize
 from sslmed.keyed_rng import rng
 
-Rows = np.ndarray[Any, np.dtype[np.int64]]
 MOST_WORKERS = 8
 FIRST, OTHERS = slice(0, 1), slice(1, None)
 
@@ -38,7 +35,8 @@ class DataConfig(Config):
         size: of the network input, pixels: the side of a square, or height and width.
         workers: processes that prepare batches; ``auto`` leaves two cores to the trainer, 0 does the work in its
             process.
-        target: the label column that probes and heads use; by default the store's first.
+        target: the label column that probes and heads use; by default the store's first. For a head also a list of 0/1
+            columns, its findings (``sslmed.data.targets``).
         positives: where the views of a sample but the first come from: its own ``image``, or another one of the same
             patient, study or series (``sslmed.data.positives``).
         neighbour_mm: how far apart in their series two neighbours may lie.
@@ -50,7 +48,7 @@ class DataConfig(Config):
 
     size: ImageSize = 96
     workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = "auto"
-    target: str | None = None
+    target: str | tuple[str, ...] | None = None
     positives: Literal["image", "patient", "study", "neighbour"] = "image"
     neighbour_mm: Annotated[float, Field(gt=0)] = 5.0
     windows: Annotated[tuple[str | tuple[float, float], ...], Field(max_length=8)] = ()
@@ -84,7 +82,8 @@ class Batch:
 
     Attributes:
         views: one tensor (N, C, H, W) a view, float32; sizes may differ between views.
-        target: class indices (N,), -1 where there is no label.
+        target: int64: class numbers (N,) or findings (N, K), -1 where nothing is known; or the masks (N, H, W) of the
+            first views, 255 where a pixel counts for nothing.
         ids: store rows (N,), int64, which key every random choice together with ``seed`` and ``epoch``.
         groups: (N,), int64; samples of one number must not repel each other. All differ, unless positives come from
             other images: then there is a number for each patient.
@@ -107,11 +106,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Sample:
-    """One scan's views before they are stacked."""
+    """One scan's views before they are stacked; ``target`` is int64, a row of a batch's."""
 
     views: list[torch.Tensor]
     row: int
-    target: int
+    target: torch.Tensor
     group: int
     epoch: int
 
@@ -119,7 +118,8 @@ class Sample:
 class ViewDataset(Dataset["Sample | SslmedError"]):
     """Augmented views of store rows, addressed by (epoch, row).
 
-    With ``positives`` all views but the first are made of a partner of the row.
+    With ``positives`` all views but the first are made of a partner of the row. With ``tile`` views are cut at the
+    image's own resolution (`Augment`). A mask moves along with the first view.
     """
 
     def __init__(
@@ -130,36 +130,41 @@ class ViewDataset(Dataset["Sample | SslmedError"]):
         size: ImageSize,
         channels: int,
         seed: int,
-        target: str | None,
+        target: Target | None,
         positives: Positives | None = None,
         slices: int = 1,
+        tile: bool = False,
     ) -> None:
         self.store = store
         self.channels = channels
         self.slices = slices
-        self.augment = Augment(views, size, modality.normalise, seed)
-        self.target = None if target is None else store.target(target)
+        self.augment = Augment(views, size, modality.normalise, seed, tile=tile)
+        self.target = target
         self.positives = positives
 
     def __getitem__(self, address: tuple[int, int]) -> "Sample | SslmedError":
         epoch, row = address
         try:
-            views = self._views(epoch, row)
+            views, target = self._views(epoch, row)
         except SslmedError as error:
             return error
-        target = -1 if self.target is None else int(self.target[row])
         group = row if self.positives is None else int(self.positives.groups[row])
         return Sample([as_tensor(view, self.channels) for view in views], row, target, group, epoch)
 
-    def _views(self, epoch: int, row: int) -> list[Pixels]:
+    def _views(self, epoch: int, row: int) -> tuple[list[Pixels], torch.Tensor]:
+        target: Pixels = np.array(UNKNOWN) if self.target is None else self.target.of(row, self.store)
         partner = row
         if self.positives is not None:
             partner = self.positives.partner(row, rng(self.augment.seed, epoch, row, "partner"))
         views: list[Pixels] = []
         for source, which in [(row, ALL)] if partner == row else [(row, FIRST), (partner, OTHERS)]:
             pixels, intensity = self.store.pixels(source, self.slices), self.store.intensity(source)
-            views += self.augment(pixels, intensity, epoch=epoch, sample=row, which=which)
-        return views
+            if self.target is not None and self.target.kind == "mask" and source == row:
+                made, masks = self.augment.with_mask(pixels, target, intensity, epoch=epoch, sample=row, which=which)
+                views, target = views + made, masks[0]
+            else:
+                views += self.augment(pixels, intensity, epoch=epoch, sample=row, which=which)
+        return views, torch.from_numpy(target.astype(np.int64))
 
 
 class PlainDataset(Dataset["Sample | SslmedError"]):
@@ -181,69 +186,7 @@ class PlainDataset(Dataset["Sample | SslmedError"]):
         except SslmedError as error:
             return error
         view = network_input(pixels, self.store.intensity(row), self.modality, self.size, self.channels)
-        return Sample([view], row, -1, row, 0)
-
-
-class StreamSampler(Sampler[list[tuple[int, int]]]):
-    """The (epoch, row) pairs of each batch of one training.
-
-    The order of an epoch is a permutation keyed by seed and epoch; what does not fill a step at its end is left out,
-    so all steps and all ranks get equal batches. Ranks take slices of the same global batch.
-
-    Args:
-        batch_size: samples an optimizer step, over all ranks and accumulated batches.
-        steps: optimizer steps of the whole training.
-        start: batches already done by an earlier, interrupted process.
-    """
-
-    def __init__(
-        self,
-        rows: Rows,
-        batch_size: int,
-        steps: int,
-        seed: int,
-        *,
-        accumulate: int = 1,
-        start: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        if batch_size % (accumulate * world_size):
-            raise UsageError(
-                f"train.batch_size is {batch_size}; allowed: multiples of accumulate x processes, "
-                f"{accumulate * world_size}"
-            )
-        self.rows, self.steps, self.seed, self.start, self.rank = rows, steps, seed, start, rank
-        self.accumulate = accumulate
-        self.micro = batch_size // accumulate
-        self.local = self.micro // world_size
-        self.batches_per_epoch = steps_per_epoch(len(rows), batch_size) * accumulate
-
-    def __len__(self) -> int:
-        return self.steps * self.accumulate  # the whole stream, also when resumed: Lightning counts from its start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, self.rows
-        for batch in range(self.start, len(self)):
-            if batch // self.batches_per_epoch != epoch:
-                epoch = batch // self.batches_per_epoch
-                order = rng(self.seed, epoch, 0, "order").permutation(self.rows)
-            first = batch % self.batches_per_epoch * self.micro + self.rank * self.local
-            yield [(epoch, int(row)) for row in order[first : first + self.local]]
-
-
-def steps_per_epoch(images: int, batch_size: int) -> int:
-    """Optimizer steps in one pass over ``images``.
-
-    Raises:
-        UsageError: there are fewer images than one step needs.
-    """
-    if images < batch_size:
-        raise UsageError(
-            f"train.batch_size is {batch_size}, but there are {images} training images; "
-            + (f"give train.batch_size={images} or less" if images >= 2 else "a batch needs two: ingest more patients")
-        )
-    return images // batch_size
+        return Sample([view], row, torch.tensor(UNKNOWN), row, 0)
 
 
 class Loader(DataLoader[Any]):
@@ -300,7 +243,7 @@ class Collate:
     def stack(self, samples: list[Sample]) -> Batch:
         """The batch of good samples."""
         views = [torch.stack(parts) for parts in zip(*(sample.views for sample in samples), strict=True)]
-        target = torch.tensor([sample.target for sample in samples], dtype=torch.int64)
+        target = torch.stack([sample.target for sample in samples])
         ids = torch.tensor([sample.row for sample in samples], dtype=torch.int64)
         groups = torch.tensor([sample.group for sample in samples], dtype=torch.int64)
         return Batch(views, target, ids, groups, self.seed, samples[0].epoch)

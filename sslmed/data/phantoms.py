@@ -26,6 +26,7 @@ _NODULE_DENSITY = (0.40, 0.60)  # a rib has 0.10 to 0.18, the noise 0.006 to 0.0
 _BLANK_SHARE = 0.25  # of the patients, without a label: pretraining is for them
 
 Plane = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Phantoms:
         images: files that can be read.
         patients: patients among them; ``labelled_patients`` of these have a label.
         broken: names of the two files that cannot be read, relative to ``folder``.
+        masks: the folder with a PNG for each picture of a labelled patient, 1 inside a nodule and 0 elsewhere; it is
+            called like the picture. None where no masks were asked for.
     """
 
     folder: Path
@@ -71,9 +74,10 @@ class Phantoms:
     patients: int
     labelled_patients: int
     broken: tuple[str, str]
+    masks: Path | None = None
 
 
-def write_phantoms(folder: Path, patients: int = 140, seed: int = 0) -> Phantoms:
+def write_phantoms(folder: Path, patients: int = 140, seed: int = 0, masks: bool = False) -> Phantoms:
     """Draw a small data set: two to four pictures a patient, 96 to 160 pixels, 8, 12 or 16 bit; PNG, TIFF and JPEG.
 
     About half of the patients have the class nodule, in all their pictures; a quarter of the patients has no label. The
@@ -84,6 +88,7 @@ def write_phantoms(folder: Path, patients: int = 140, seed: int = 0) -> Phantoms
         folder: made; must be absent or empty.
         patients: at least 2.
         seed: the same seed gives the same files.
+        masks: write ``masks/`` too; all other files stay the same.
 
     Raises:
         OutputExistsError: ``folder`` holds something.
@@ -92,6 +97,9 @@ def write_phantoms(folder: Path, patients: int = 140, seed: int = 0) -> Phantoms
         raise OutputExistsError(f"{folder} holds something already; give another folder, or remove it first")
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
+    drawn = folder / "masks" if masks else None
+    if drawn is not None:
+        drawn.mkdir()
     rows: list[tuple[str, str, str, str]] = []
     blank = set(rng(seed, 0, 0, "phantom blank").permutation(patients)[: round(_BLANK_SHARE * patients)].tolist())
     for number in range(patients):
@@ -100,7 +108,7 @@ def write_phantoms(folder: Path, patients: int = 140, seed: int = 0) -> Phantoms
         body = anatomy(stream, lesion)
         label = "" if number in blank else CLASSES[lesion]
         for picture in range(int(stream.integers(2, 5))):
-            path = _write_one(images, len(rows), stream, body)
+            path = _write_one(images, len(rows), stream, body, None if number in blank else drawn)
             rows.append((f"images/{path.name}", f"P{number + 1:04d}", label, str(1 + picture // 2)))
     broken = _write_broken(images, images / Path(rows[0][0]).name)
     rows.extend((f"images/{name}", f"P{number + 1:04d}", "", "") for number, name in enumerate(broken))
@@ -109,9 +117,8 @@ def write_phantoms(folder: Path, patients: int = 140, seed: int = 0) -> Phantoms
         writer = csv.writer(file)
         writer.writerow(("file", "patient", "label:finding", "meta:study"))
         writer.writerows(rows)
-    return Phantoms(
-        folder, labels, len(rows) - 2, patients, patients - len(blank), (f"images/{broken[0]}", f"images/{broken[1]}")
-    )
+    names = (f"images/{broken[0]}", f"images/{broken[1]}")
+    return Phantoms(folder, labels, len(rows) - 2, patients, patients - len(blank), names, drawn)
 
 
 def phantom(
@@ -125,15 +132,25 @@ def phantom(
         lesion: whether a patient drawn here has nodules; ``body`` has its own.
         body: the patient.
     """
-    body = body or anatomy(stream, lesion)
+    return _drawn(stream, size, body or anatomy(stream, lesion))[0]
+
+
+def phantom_with_mask(
+    stream: np.random.Generator, size: tuple[int, int], lesion: bool = False, body: Anatomy | None = None
+) -> tuple[npt.NDArray[np.uint16], Mask]:
+    """The picture that `phantom` draws, and where its nodules are: (rows, columns) uint8, 1 within their radius."""
+    return _drawn(stream, size, body or anatomy(stream, lesion))
+
+
+def _drawn(stream: np.random.Generator, size: tuple[int, int], body: Anatomy) -> tuple[npt.NDArray[np.uint16], Mask]:
     x, y = _grid(stream, size)
-    dense = _attenuation(body, x, y, stream)
+    dense, nodules = _attenuation(body, x, y, stream)
     dense = _blur(dense, stream.uniform(0.4, 0.8) * min(size) / 128)
     dense = dense + _noise(stream, size, stream.uniform(0.006, 0.02))
     exposure, gamma = stream.uniform(0.8, 1.1), stream.uniform(0.8, 1.25)
     low, high = stream.uniform(0.0, 0.08), stream.uniform(0.85, 1.0)
     unit = low + (high - low) * np.clip(dense * exposure / 1.6, 0, 1) ** gamma
-    return np.asarray(np.round(unit * 65535), dtype=np.uint16)
+    return np.asarray(np.round(unit * 65535), dtype=np.uint16), nodules
 
 
 def anatomy(stream: np.random.Generator, lesion: bool) -> Anatomy:
@@ -173,8 +190,8 @@ def _grid(stream: np.random.Generator, size: tuple[int, int]) -> tuple[Plane, Pl
     return turned_x.astype(np.float32), turned_y.astype(np.float32)
 
 
-def _attenuation(body: Anatomy, x: Plane, y: Plane, stream: np.random.Generator) -> Plane:
-    """Soft tissue less the air of the lungs, plus bone, heart, vessels and nodules."""
+def _attenuation(body: Anatomy, x: Plane, y: Plane, stream: np.random.Generator) -> tuple[Plane, Mask]:
+    """Soft tissue less the air of the lungs, plus bone, heart, vessels and nodules; and where the nodules are."""
     outline = _soft((np.abs(x) / body.body) ** 3 + (np.abs(y + 0.05) / 1.25) ** 6, 0.10)
     shoulders = _soft((x / 1.3) ** 2 + ((y - 1.3) / 0.55) ** 2, 0.15)
     air = [_soft(_ellipse(x, y, lung, tilt=0.12 * np.sign(lung[0])), 0.10) for lung in body.lungs]
@@ -186,6 +203,7 @@ def _attenuation(body: Anatomy, x: Plane, y: Plane, stream: np.random.Generator)
     dense += body.rib_density * _ribs(body, x, y) * outline
     dense += body.vessels * _vessels(body.texture, x.shape) * lungs
     breath = stream.normal(0, 0.01, size=2)  # drawn without a nodule too: pose and noise must not depend on the class
+    nodules = np.zeros(x.shape, np.uint8)
     for across, down, number, radius, density in body.nodules:
         centre_x, centre_y, half_width, half_height = body.lungs[number]
         centre_x += across * half_width + breath[0]
@@ -193,7 +211,8 @@ def _attenuation(body: Anatomy, x: Plane, y: Plane, stream: np.random.Generator)
         aspect = x.shape[0] / x.shape[1]  # y is in half heights: round on the film, not in these coordinates
         distance = ((x - centre_x) ** 2 + ((y - centre_y) * aspect) ** 2) / radius**2
         dense += np.float32(density) * np.exp(-(distance**1.5))
-    return np.asarray(dense, dtype=np.float32)
+        nodules[distance < 1] = 1  # within the radius, where it adds more than 1/e of its density
+    return np.asarray(dense, dtype=np.float32), nodules
 
 
 def _ellipse(x: Plane, y: Plane, shape: tuple[float, float, float, float], tilt: float = 0.0) -> Plane:
@@ -238,14 +257,17 @@ def _noise(stream: np.random.Generator, size: tuple[int, int], sigma: float) -> 
     return np.float32(sigma) * stream.standard_normal(size, dtype=np.float32)
 
 
-def _write_one(images: Path, number: int, stream: np.random.Generator, body: Anatomy) -> Path:
-    pixels: np.ndarray[Any, np.dtype[Any]] = phantom(stream, _SIZES[stream.integers(len(_SIZES))], body=body)
+def _write_one(images: Path, number: int, stream: np.random.Generator, body: Anatomy, masks: Path | None) -> Path:
+    pixels: np.ndarray[Any, np.dtype[Any]]
+    pixels, nodules = _drawn(stream, _SIZES[stream.integers(len(_SIZES))], body)
     bits = int(stream.choice((8, 12, 16)))
     pixels = (pixels >> (16 - bits)).astype(np.uint8 if bits == 8 else np.uint16)
     lot = stream.random()
     suffix = ".tif" if lot < 0.08 else ".jpg" if lot < 0.3 and bits == 8 else ".png"
     path = images / f"{number + 1:04d}{suffix}"
     write_image(path, pixels)
+    if masks is not None:
+        write_image(masks / f"{path.stem}.png", nodules)
     return path
 
 

@@ -15,8 +15,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from sslmed.config import Config
-from sslmed.data import stain
+from sslmed.data import stain, tiles
 from sslmed.data.intensity import STILL, Intensity, Jitter, Normalise
+from sslmed.data.tiles import Mask
 from sslmed.image_size import ImageSize, sides
 from sslmed.keyed_rng import rng
 
@@ -84,13 +85,20 @@ class Augment:
     """Makes the views of one scan.
 
     Picklable: the albumentations pipelines are built in the process that first uses them.
+
+    Args:
+        tile: cut the views from the image as it is, windows of ``size`` pixels anywhere in it, instead of crops that
+            are resized; ``crop`` and ``aspect`` are not used.
     """
 
-    def __init__(self, configs: Sequence[ViewConfig], size: ImageSize, normalise: Normalise, seed: int) -> None:
+    def __init__(
+        self, configs: Sequence[ViewConfig], size: ImageSize, normalise: Normalise, seed: int, *, tile: bool = False
+    ) -> None:
         self.configs = tuple(configs)
         self.size = size
         self.normalise = normalise
         self.seed = seed
+        self.tile = tile
         self._geometry: list[Any] | None = None
 
     def __call__(
@@ -102,22 +110,49 @@ class Augment:
             pixels: (H, W), (H, W, 3) in colour, or (H, W, n), n neighbouring slices.
             intensity: of the scan that they belong to.
             which: of the sample's views, when the others are made of another image.
+
+        Raises:
+            DataError: an image that is smaller than a tile.
         """
+        return [
+            self._view(number, pixels, None, intensity, epoch, sample)[0] for number in range(len(self.configs))[which]
+        ]
+
+    def with_mask(
+        self, pixels: Pixels, mask: Mask, intensity: Intensity, *, epoch: int, sample: int, which: slice = ALL
+    ) -> tuple[list[Pixels], list[Mask]]:
+        """The views, and the mask of each, which has moved along: (h, w) uint8, of values that ``mask`` has.
+
+        Without tiles the views are those of a call without a mask; with them some are laid on the foreground
+        (`tiles.cut`).
+
+        Args:
+            mask: class numbers (H, W), 0 the background, 255 what counts for nothing.
+        """
+        numbers = range(len(self.configs))[which]
+        made = [self._view(number, pixels, mask, intensity, epoch, sample) for number in numbers]
+        return [view for view, _ in made], [moved for _, moved in made if moved is not None]
+
+    def _view(
+        self, number: int, pixels: Pixels, mask: Mask | None, intensity: Intensity, epoch: int, sample: int
+    ) -> tuple[Pixels, Mask | None]:
         if self._geometry is None:
-            self._geometry = [_geometry(config, self.size) for config in self.configs]
-        views = []
-        for number in range(len(self.configs))[which]:
-            config, geometry = self.configs[number], self._geometry[number]
-            stream = rng(self.seed, epoch, sample, f"view{number}")
-            geometry.set_random_state(stream, random.Random(int(stream.integers(2**63))))  # noqa: S311
-            view = geometry(image=pixels)["image"]
-            if config.stain and view.ndim == 3:  # before standardisation: densities are logarithms of the light
-                low, span = intensity.low, intensity.high - intensity.low
-                unit = np.clip((view.astype(np.float32) - low) / span, 0, 1)
-                view = stain.jitter(unit, config.stain, stream) * span + low
-            view = self.normalise(view, intensity, _jitter(config, stream))
-            views.append(_intensity(view, config, stream))
-        return views
+            self._geometry = [_geometry(config, self.size, self.tile) for config in self.configs]
+        config, geometry = self.configs[number], self._geometry[number]
+        if self.tile:
+            place = rng(self.seed, epoch, sample, f"tile{number}")
+            pixels, mask = tiles.cut(pixels, mask, sides(self.size), config.rot90, place)
+        stream = rng(self.seed, epoch, sample, f"view{number}")
+        geometry.set_random_state(stream, random.Random(int(stream.integers(2**63))))  # noqa: S311
+        moved = geometry(image=pixels) if mask is None else geometry(image=pixels, mask=mask)
+        view = moved["image"]
+        if config.stain and view.ndim == 3:  # before standardisation: densities are logarithms of the light
+            low, span = intensity.low, intensity.high - intensity.low
+            unit = np.clip((view.astype(np.float32) - low) / span, 0, 1)
+            view = stain.jitter(unit, config.stain, stream) * span + low
+        view = self.normalise(view, intensity, _jitter(config, stream))
+        view = _intensity(view, config, stream)
+        return view, None if mask is None else np.ascontiguousarray(moved["mask"])
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_geometry": None}
@@ -176,25 +211,31 @@ def _jitter(config: ViewConfig, stream: np.random.Generator) -> Jitter:
     return Jitter(stream.uniform(-config.window, config.window), 1 + stream.uniform(-config.window, config.window))
 
 
-def _geometry(config: ViewConfig, size: ImageSize) -> Any:
+def _geometry(config: ViewConfig, size: ImageSize, tile: bool) -> Any:
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else the import asks the network for a newer version
     import albumentations
 
     cv2 = _cv2()
     height, width = sides(size)
     aspect = tuple(ratio * (width / height) for ratio in config.aspect)
-    steps: list[Any] = [
-        albumentations.RandomResizedCrop(
-            (height, width), scale=config.crop, ratio=aspect, area_for_downscale="image", p=1
+    steps: list[Any] = []
+    if not tile:
+        crop = albumentations.RandomResizedCrop(
+            (height, width),
+            scale=config.crop,
+            ratio=aspect,
+            area_for_downscale="image",
+            mask_interpolation=cv2.INTER_NEAREST_EXACT,  # plain INTER_NEAREST reads half a pixel off the image's place
+            p=1,
         )
-    ]
+        steps.append(crop)
     if config.rotate:  # after the crop, where it costs least; reflected, because black corners would tell the angle
         steps.append(albumentations.Rotate(config.rotate, border_mode=cv2.BORDER_REFLECT_101, p=1))
     if config.hflip:
         steps.append(albumentations.HorizontalFlip(p=config.hflip))
     if config.vflip:
         steps.append(albumentations.VerticalFlip(p=config.vflip))
-    if config.rot90:  # a view that is not square would not fit after a quarter turn, so there the image turns first
+    if config.rot90 and not tile:  # a view that is not square would not fit after a quarter turn: there it comes first
         steps.insert(len(steps) if height == width else 0, albumentations.RandomRotate90(p=config.rot90))
     return albumentations.Compose(steps)
 

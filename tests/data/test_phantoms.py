@@ -7,9 +7,11 @@ import pytest
 
 from sslmed.config import DataError, OutputExistsError
 from sslmed.data.acceptance import accept
+from sslmed.data.annotations.masks import match_masks
 from sslmed.data.modality import MODALITIES
-from sslmed.data.phantoms import CLASSES, Phantoms, anatomy, phantom, write_phantoms
+from sslmed.data.phantoms import CLASSES, Phantoms, anatomy, phantom, phantom_with_mask, write_phantoms
 from sslmed.data.readers import find, read
+from sslmed.data.readers.mask import read_masks
 
 PATIENTS = 24
 
@@ -102,3 +104,50 @@ def test_phantom_has_the_size_asked_for() -> None:
     picture = phantom(np.random.default_rng(0), (96, 120), lesion=True)
     assert picture.shape == (96, 120)
     assert picture.dtype == np.uint16
+
+
+def test_masks_lie_on_the_nodules() -> None:
+    for number in range(12):
+        body = anatomy(np.random.default_rng(number), lesion=True)
+        well = anatomy(np.random.default_rng(number), lesion=False)
+        size = (128, 112 + 8 * (number % 4))
+        ill, mask = phantom_with_mask(np.random.default_rng(99), size, body=body)
+        clear, none = phantom_with_mask(np.random.default_rng(99), size, body=well)
+        assert mask.shape == size
+        assert mask.dtype == np.uint8
+        assert set(np.unique(mask)) == {0, 1}
+        assert not none.any()
+        assert np.array_equal(ill, phantom(np.random.default_rng(99), size, body=body))
+        added = ill.astype(float) - clear
+        assert added[mask == 1].min() > added[mask == 0].mean() + 0.2 * added.max()
+        assert added[mask == 1].sum() > 0.5 * added.sum(), "half of what the nodules add lies inside"
+        radii = [radius for *_, radius, _ in body.nodules]
+        discs = sum(np.pi / 4 * (radius * size[1]) ** 2 for radius in radii)
+        # zoom and overlap change it; a radius is in half widths
+        assert 0.94**2 * 0.9 * discs / len(radii) < mask.sum() < 1.06**2 * 1.1 * discs
+
+
+def test_masks_are_asked_for_and_change_nothing_else(tmp_path: Path) -> None:
+    def content(folder: Path) -> dict[str, bytes]:
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    plain = write_phantoms(tmp_path / "plain", patients=12)
+    masked = write_phantoms(tmp_path / "masked", patients=12, masks=True)
+    assert plain.masks is None
+    assert masked.masks == tmp_path / "masked" / "masks"
+    with_masks = content(masked.folder)
+    assert {name: data for name, data in with_masks.items() if not name.startswith("masks/")} == content(plain.folder)
+
+
+def test_every_picture_of_a_labelled_patient_has_a_mask(tmp_path: Path) -> None:
+    made = write_phantoms(tmp_path / "set", patients=12, masks=True)
+    with made.labels.open(newline="") as file:
+        label = {row["file"]: row["label:finding"] for row in csv.DictReader(file)}
+    assert made.masks is not None
+    found = match_masks(made.masks, {name: name for name in label})
+    assert found.masks.keys() == {name for name, finding in label.items() if finding}
+    assert not found.strays
+    for name, path in found.masks.items():
+        (mask,) = read_masks(path)
+        assert mask.pixels.shape == read(made.folder / name).pixels.shape
+        assert mask.pixels.max() == (label[name] == "nodule")

@@ -11,9 +11,10 @@ import torch
 from stores import picture, write_store
 
 from sslmed.config import DataError, UsageError
-from sslmed.data.loading import Batch, StreamSampler, ViewDataset, stream_loader
+from sslmed.data.loading import Batch, ViewDataset, stream_loader
 from sslmed.data.modality import MODALITIES
 from sslmed.data.positives import Positives
+from sslmed.data.sampling import StreamSampler
 from sslmed.data.shards.format import MetaColumn
 from sslmed.data.store import Store
 from sslmed.data.views import Augment
