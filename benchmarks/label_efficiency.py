@@ -12,6 +12,7 @@ import dataclasses
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import nn
 import sslmed
 from sslmed.data.store import Store
 from sslmed.durable import sha256
-from sslmed.evaluation import predictions, probes, protocol
+from sslmed.evaluation import metrics, predictions, probes, protocol
 from sslmed.models.backbones import BackboneConfig, build
 
 HERE = Path(__file__).parent
@@ -169,7 +170,7 @@ class Benchmark:
         linear = {
             (budget, reference): self._read(f"linear-{budget}-against-{reference}") for budget, reference in _PAIRS
         }
-        TABLE.writexrays.interval(_markdown(self.store, self.cells, linear, finetuned), encoding="utf-8")
+        TABLE.write_text(_markdown(self.store, self.cells, linear, finetuned), encoding="utf-8")
 
     def _known(self, name: str) -> dict[str, Any] | None:
         return self.cells.finished(name, epochs=EPOCHS, split=self.store.split_digest, **self._linear_settings())
@@ -195,7 +196,8 @@ def _summary(
     store: Store, arms: Mapping[str, Sequence[Any]], target: Any, test: npt.NDArray[np.int64], reference: str
 ) -> dict[str, Any]:
     weights = protocol.bootstrap_weights(store.patients(test), REPLICATES, seed=0)
-    return _as_json(protocol.summarise(arms, target, weights, reference=reference))
+    measures = {name: partial(metric, target) for name, metric in metrics.METRICS.items()}
+    return _as_json(protocol.summarise(arms, measures, weights, reference=reference))
 
 
 def _as_json(estimates: Sequence[protocol.Estimate]) -> dict[str, Any]:

@@ -2,18 +2,32 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from sslmed.evaluation.metrics import LOWER_IS_BETTER, METRICS
 from sslmed.evaluation.probes import knn_scores, linear_scores
 from sslmed.evaluation.protocol import Draw, Interval, summarise, verdict
 
 Array = npt.NDArray[Any]
 
 PROBES = {"knn": knn_scores, "linear": linear_scores}
-TITLES = {"auroc": "AUROC", "average_precision": "AP", "balanced_accuracy": "balanced accuracy", "f1": "F1"}
+TITLES = {
+    "auroc": "AUROC",
+    "average_precision": "AP",
+    "balanced_accuracy": "balanced accuracy",
+    "f1": "F1",
+    "precision": "precision",
+    "recall": "recall",
+    "mcc": "MCC",
+    "sensitivity_at_90_specificity": "sensitivity at 90 % specificity",
+    "specificity_at_90_sensitivity": "specificity at 90 % sensitivity",
+    "ece": "ECE (lower is better)",
+    "brier": "Brier score (lower is better)",
+}
 
 
 @dataclass(frozen=True)
@@ -60,10 +74,14 @@ def compare(
 ) -> list[Row]:
     """Train every probe on every draw for every arm, score the test images, and set each arm against ``reference``.
 
+    Decisions are cut at 0.5 for findings and at the largest score for classes: a probe has no val to tune them on.
+
     Args:
         features: Of each arm one start for all draws, or one a seed, which the draw of that seed gets.
-        train_y: (n,) classes, -1 for images that no draw holds.
-        test_y: (m,) classes in [0, classes).
+        train_y: (n,) classes, -1 for images that no draw holds; or (n, K) of 0, 1 and -1, findings, each of which gets
+            a probe of its own.
+        test_y: (m,) classes in [0, classes), or (m, K) findings.
+        classes: How many classes or findings there are.
         drawn: From ``protocol.draws``, whose rows are positions in ``train_y``.
         weights: (R, m) from ``protocol.bootstrap_weights``.
 
@@ -71,12 +89,15 @@ def compare(
         Budgets in the order of ``drawn``, within them probes, metrics, arms.
     """
     rows: list[Row] = []
+    measures = {name: partial(metric, test_y) for name, metric in METRICS.items()}
     for budget in dict.fromkeys(draw.budget for draw in drawn):
         members = [draw for draw in drawn if draw.budget == budget]
         for probe, scores_of in PROBES.items():
             scores = {arm: _scores(scores_of, starts, train_y, classes, members) for arm, starts in features.items()}
-            for found in summarise(scores, test_y, weights, reference=reference):
-                said = None if found.difference is None else verdict(found.difference, reference)
+            for found in summarise(scores, measures, weights, reference=reference):
+                said = None
+                if found.difference is not None:
+                    said = verdict(found.difference, reference, lower_is_better=found.metric in LOWER_IS_BETTER)
                 counts = (members[0].patients, len(scores[found.arm]))
                 values = (found.arm, found.metric, found.value, *counts, found.draw_sd, found.difference, said)
                 rows.append(Row(budget.text, probe, *values))
@@ -91,7 +112,21 @@ def _scores(
     scores = []
     for draw in members:
         start = starts[draw.seed % len(starts)]
-        scores.append(probe(start.train[draw.rows], train_y[draw.rows], start.test, classes))
+        train, labels = start.train[draw.rows], train_y[draw.rows]
+        if labels.ndim == 2:
+            scores.append(_finding_scores(probe, train, labels, start.test))
+        else:
+            scores.append(probe(train, labels, start.test, classes))
+    return scores
+
+
+def _finding_scores(probe: Callable[..., Array], train: Array, labels: Array, test: Array) -> Array:
+    """(m, K): of each finding by a probe on the images where it is known; 0.5 where it is known nowhere."""
+    scores = np.full((len(test), labels.shape[1]), 0.5)
+    for finding, column in enumerate(labels.T):
+        known = column >= 0
+        if known.any():
+            scores[:, finding] = probe(train[known], column[known], test, 2)[:, 1]
     return scores
 
 

@@ -60,7 +60,7 @@ def embed(backbone: torch.nn.Module, loader: _Loader, label: str | None = None) 
     """
     device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
     batches: Iterable[_Batch] = progress(loader, len(loader), label) if label else loader
-    with _evaluating(backbone), torch.inference_mode():
+    with evaluating(backbone), torch.inference_mode():
         features = [backbone(batch.views[0].to(device)).float().cpu().numpy() for batch in batches]
     if not features:
         raise ValueError("no images to embed")
@@ -144,7 +144,7 @@ def _on_the_sphere(features: Array) -> Floats:
 
 
 @contextmanager
-def _evaluating(backbone: torch.nn.Module) -> Iterator[None]:
+def evaluating(backbone: torch.nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every module has its own flag again, as parts may be in eval mode on purpose."""
     training = [(module, module.training) for module in backbone.modules()]
     backbone.eval()

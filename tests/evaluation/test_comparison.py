@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from sslmed.evaluation.comparison import Features, aligned, compare, markdown, text
-from sslmed.evaluation.metrics import auroc
+from sslmed.evaluation.comparison import TITLES, Features, aligned, compare, markdown, text
+from sslmed.evaluation.metrics import LOWER_IS_BETTER, METRICS, auroc
 from sslmed.evaluation.probes import linear_scores
 from sslmed.evaluation.protocol import Interval, bootstrap_weights, draws, parse
 
@@ -28,7 +28,7 @@ def test_rows_hold_the_probes_on_the_draws(case: dict[str, np.ndarray]) -> None:
     drawn, _ = draws(case["train_ids"], case["train_y"], parse("20%,100%"), seeds=range(3))
     weights = bootstrap_weights(case["test_ids"], 100, seed=0)
     rows = compare(features, case["train_y"], case["test_y"], 2, drawn, weights, reference="noise")
-    assert len(rows) == 2 * 2 * 4 * 2
+    assert len(rows) == 2 * 2 * len(METRICS) * 2
     assert {(row.budget, row.draws, row.patients) for row in rows} == {("20%", 3, 8), ("100%", 1, 40)}
     (row,) = [row for row in rows if (row.budget, row.probe, row.arm, row.metric) == ("20%", "linear", "good", "auroc")]
     by_hand = [
@@ -42,6 +42,43 @@ def test_rows_hold_the_probes_on_the_draws(case: dict[str, np.ndarray]) -> None:
     assert row.draw_sd == pytest.approx(np.std(by_hand, ddof=1))
     assert row.verdict == "better than noise (interval above zero)"
     assert markdown(rows).count("\n") == len(rows) + 2
+
+
+def test_findings_have_a_probe_each(case: dict[str, np.ndarray]) -> None:
+    """On the images where it is known; one that a draw does not know gets 0.5."""
+    noise = np.random.default_rng(1).integers(0, 2, 40)
+    noise[:30] = -1
+    train_y = np.stack([case["train_y"], noise, np.full(40, -1)], axis=1)
+    test_y = np.stack([case["test_y"], case["test_y"], case["test_y"]], axis=1)
+    features = {"good": [Features(case["train"], case["test"])]}
+    drawn, _ = draws(case["train_ids"], train_y, parse("100%"), seeds=[0])
+    weights = bootstrap_weights(case["test_ids"], 100, seed=0)
+    rows = compare(features, train_y, test_y, 3, drawn, weights, reference="good")
+    (row,) = [row for row in rows if (row.probe, row.metric) == ("linear", "auroc")]
+    first = linear_scores(case["train"], case["train_y"], case["test"], 2)
+    second = linear_scores(case["train"][30:], noise[30:], case["test"], 2)
+    want = (auroc(case["test_y"], first) + auroc(case["test_y"], second) + 0.5) / 3
+    assert row.value.mean == pytest.approx(want)
+
+
+def test_every_metric_has_a_title_and_a_direction(case: dict[str, np.ndarray]) -> None:
+    assert TITLES.keys() == METRICS.keys()
+    noise = np.random.default_rng(1).normal(size=(70, 4))
+    features = {"good": [Features(case["train"], case["test"])], "noise": [Features(noise[:40], noise[40:])]}
+    drawn, _ = draws(case["train_ids"], case["train_y"], parse("100%"), seeds=[0])
+    rows = compare(
+        features,
+        case["train_y"],
+        case["test_y"],
+        2,
+        drawn,
+        bootstrap_weights(case["test_ids"], 100, seed=0),
+        reference="noise",
+    )
+    said = {row.metric: row.verdict for row in rows if (row.probe, row.arm) == ("linear", "good")}
+    assert METRICS.keys() >= LOWER_IS_BETTER
+    assert said["brier"] == "better than noise (interval below zero)"
+    assert said["mcc"] == "better than noise (interval above zero)"
 
 
 def test_text() -> None:

@@ -1,25 +1,14 @@
-"""Draws are nested, stratified, by patient and independent of row order; intervals resample patients, pair the arms."""
+"""Intervals resample patients and pair the arms."""
 
 import math
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from sslmed.config import UsageError
 from sslmed.evaluation.metrics import METRICS, auroc
-from sslmed.evaluation.protocol import (
-    Budget,
-    Draw,
-    Interval,
-    bootstrap_weights,
-    draws,
-    interval,
-    parse,
-    summarise,
-    verdict,
-)
+from sslmed.evaluation.protocol import Interval, bootstrap_weights, interval, summarise, verdict
 
 
 def cohort(count: int, positives: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -32,97 +21,9 @@ def cohort(count: int, positives: int, seed: int = 0) -> tuple[np.ndarray, np.nd
     return patients[order], target[order]
 
 
-def drawn(patients: np.ndarray, draw: Draw) -> set[bytes]:
-    return set(patients[draw.rows].tolist())
-
-
-def test_parse() -> None:
-    assert parse("1%, 10%,100%") == (Budget("1%", 0.01), Budget("10%", 0.1), Budget("100%", 1.0))
-    assert parse("k=5")[0].each == 5
-
-
-@pytest.mark.parametrize("text", ["", "0%", "101%", "ten", "k=0", "k=1.5", "-1%", "nan%", "10%,10.0%", "1%,,2%"])
-def test_parse_refuses(text: str) -> None:
-    with pytest.raises(UsageError, match="budget"):
-        parse(text)
-
-
-@given(count=st.integers(10, 120), share=st.floats(0.1, 0.9), seed=st.integers(0, 100))
-@settings(max_examples=40, deadline=None)
-def test_draws_are_nested_stratified_and_by_patient(count: int, share: float, seed: int) -> None:
-    positives = max(1, min(count - 1, round(share * count)))
-    patients, target = cohort(count, positives, seed)
-    chosen, skipped = draws(patients, target, parse("5%,20%,50%,100%"), seeds=(0, 1))
-    assert {part.budget for part in skipped} <= {"5%"}
-    sizes = {"5%": 0.05, "20%": 0.2, "50%": 0.5, "100%": 1.0}
-    for which in (0, 1):
-        before: set[bytes] = set()
-        for draw in (each for each in chosen if each.seed == which):
-            inside = np.isin(patients, list(drawn(patients, draw)))
-            assert np.array_equal(np.flatnonzero(inside), draw.rows)  # every image of a drawn patient, ascending
-            assert before <= drawn(patients, draw)
-            before = drawn(patients, draw)
-            assert draw.patients == len(before) == math.floor(sizes[draw.budget.text] * count + 0.5)
-            of_class_1 = len(set(patients[draw.rows][target[draw.rows] == 1].tolist()))
-            assert 1 <= of_class_1 < draw.patients
-            assert abs(of_class_1 - draw.patients * positives / count) <= 1  # Webster's bound for two classes
-
-
-def test_seeds_differ_and_the_order_of_rows_does_not_matter() -> None:
-    patients, target = cohort(80, 30)
-    chosen, _ = draws(patients, target, parse("10%"), seeds=range(5))
-    assert len({frozenset(drawn(patients, draw)) for draw in chosen}) > 1
-    order = np.random.default_rng(1).permutation(len(patients))
-    again, _ = draws(patients[order], target[order], parse("10%"), seeds=range(5))
-    assert [drawn(patients, a) for a in chosen] == [drawn(patients[order], b) for b in again]
-
-
-def test_at_100_percent_all_seeds_draw_everyone() -> None:
-    patients, target = cohort(30, 10)
-    chosen, _ = draws(patients, target, parse("50%,100%"), seeds=(0, 1))
-    assert [draw.everyone for draw in chosen] == [False, False, True, True]
-    assert all(len(draw.rows) == len(patients) for draw in chosen[2:])
-
-
-def test_unlabelled_images_are_never_drawn() -> None:
-    patients, target = cohort(30, 10)
-    target[::3] = -1
-    chosen, _ = draws(patients, target, parse("20%,100%"), seeds=(0,))
-    assert all((target[draw.rows] >= 0).all() for draw in chosen)
-    assert chosen[1].everyone
-
-
-def test_a_budget_below_one_patient_a_class_is_skipped_by_name() -> None:
-    patients, target = cohort(60, 20)
-    chosen, skipped = draws(patients, target, parse("1%,10%,k=20,k=21"), seeds=(0, 1))
-    assert [draw.budget.text for draw in chosen] == ["10%", "10%", "k=20", "k=20"]
-    assert [part.budget for part in skipped] == ["1%", "k=21"]
-    assert "below one patient a class" in skipped[0].why
-    assert "60 labelled" in skipped[0].why
-    assert "20 labelled" in skipped[1].why
-
-
-def test_k_draws_that_many_patients_of_each_class() -> None:
-    patients, target = cohort(60, 20)
-    small, large = draws(patients, target, parse("k=2,k=7"), seeds=(0,))[0]
-    for draw, each in ((small, 2), (large, 7)):
-        labels = dict(zip(patients[draw.rows].tolist(), target[draw.rows].tolist(), strict=True))
-        assert sorted(labels.values()) == [0] * each + [1] * each
-    assert drawn(patients, small) < drawn(patients, large)
-
-
-def test_a_patient_of_two_classes_counts_as_the_rarer() -> None:
-    patients = np.array([b"a", b"a", b"b", b"c", b"d", b"e", b"f"])
-    target = np.array([0, 1, 0, 0, 0, 0, 0])
-    (draw,), _ = draws(patients, target, parse("k=1"), seeds=(0,))
-    assert {0, 1} <= set(draw.rows.tolist())
-    assert draw.patients == 2
-
-
-def test_without_labels_everything_is_skipped() -> None:
-    chosen, skipped = draws(np.array([b"a", b"b"]), np.array([-1, -1]), parse("100%"), seeds=(0,))
-    assert not chosen
-    assert skipped[0].why == "no training patient has a label"
+def every(target: np.ndarray) -> dict[str, Any]:
+    """Every metric against a target, of plain scores."""
+    return {name: partial(metric, target) for name, metric in METRICS.items()}
 
 
 def test_bootstrap_resamples_whole_patients() -> None:
@@ -155,7 +56,7 @@ def test_the_interval_of_a_mean_agrees_with_theory() -> None:
     target = np.repeat([0, 1], count)
     positive = np.concatenate([np.zeros(count), np.arange(count) % 4 > 0])
     scores = np.stack([1 - positive, positive], axis=1)
-    estimates = summarise({"arm": [scores]}, target, bootstrap_weights(patients, 1000, seed=0))
+    estimates = summarise({"arm": [scores]}, every(target), bootstrap_weights(patients, 1000, seed=0))
     value = next(each.value for each in estimates if each.metric == "balanced_accuracy")
     assert value.mean == pytest.approx((1 + 0.75) / 2)
     assert value.high - value.low == pytest.approx(1.96 * math.sqrt(0.75 * 0.25 / count), rel=0.15)
@@ -166,7 +67,7 @@ def test_summarise_averages_over_draws_under_the_same_replicates() -> None:
     patients, target = cohort(60, 25)
     arms = {arm: [random.dirichlet([1, 1], len(target)) for _ in range(3)] for arm in ("random", "pretrained")}
     weights = bootstrap_weights(patients, 50, seed=0)
-    estimates = summarise(arms, target, weights, reference="random")
+    estimates = summarise(arms, every(target), weights, reference="random")
     assert [(each.arm, each.metric) for each in estimates] == [(arm, metric) for metric in METRICS for arm in arms]
     by_hand = {
         arm: np.array([[auroc(target, scores, weight) for scores in each] for weight in weights]).mean(axis=1)
@@ -187,7 +88,7 @@ def test_an_arm_that_equals_the_reference_differs_by_exactly_nothing() -> None:
     patients, target = cohort(40, 20)
     scores = np.random.default_rng(0).dirichlet([1, 1], len(target))
     weights = bootstrap_weights(patients, 100, seed=0)
-    for each in summarise({"a": [scores], "b": [scores]}, target, weights, reference="a"):
+    for each in summarise({"a": [scores], "b": [scores]}, every(target), weights, reference="a"):
         if each.arm == "b":
             assert each.difference == Interval(0.0, 0.0, 0.0, each.value.dropped)
             assert math.isnan(each.draw_sd)
@@ -199,7 +100,7 @@ def test_replicates_of_one_class_are_dropped_and_counted() -> None:
     weights = bootstrap_weights(patients, 200, seed=0)
     lacking = int(((weights[:, 3] == 0) | (weights[:, 3] == 4)).sum())
     assert lacking > 0
-    assert {each.value.dropped for each in summarise({"arm": [scores]}, target, weights)} == {lacking}
+    assert {each.value.dropped for each in summarise({"arm": [scores]}, every(target), weights)} == {lacking}
 
 
 @pytest.mark.parametrize(
@@ -216,10 +117,23 @@ def test_verdict(low: float, high: float, words: str) -> None:
     assert verdict(Interval((low + high) / 2, low, high), "random") == words
 
 
-def test_a_patient_who_leaves_does_not_move_the_others() -> None:
-    patients, target = cohort(60, 20)
-    (before,), _ = draws(patients, target, parse("k=5"), seeds=(0,))
-    absent = next(patient for patient in patients if patient not in drawn(patients, before))
-    kept = patients != absent
-    (after,), _ = draws(patients[kept], target[kept], parse("k=5"), seeds=(0,))
-    assert drawn(patients[kept], after) == drawn(patients, before)
+def test_where_lower_is_better_the_verdict_turns() -> None:
+    said = partial(verdict, reference="random", lower_is_better=True)
+    assert said(Interval(0.1, 0.01, 0.2)) == "worse than random (interval above zero)"
+    assert said(Interval(-0.1, -0.2, -0.01)) == "better than random (interval below zero)"
+    assert said(Interval(0.0, -0.2, 0.1)) == "no difference shown (interval covers zero)"
+
+
+def test_what_is_measured_is_the_callers() -> None:
+    """Predictions of any form, and measures that know what to do with them."""
+
+    def share(words: str, weights: np.ndarray | None) -> Any:
+        is_a = np.array([letter == "a" for letter in words])
+        return is_a.mean() if weights is None else weights @ is_a / weights.sum(axis=1)
+
+    weights = bootstrap_weights(np.array([b"1", b"2", b"3", b"4"]), 100, seed=0)
+    first, second = summarise({"x": ["aabb", "aaab"], "y": ["bbbb"]}, {"a": share}, weights, reference="y")
+    assert (first.arm, first.metric, first.value.mean) == ("x", "a", 0.625)
+    assert second.value == Interval(0.0, 0.0, 0.0)
+    assert first.difference is not None
+    assert (first.difference.low, first.difference.high) == (first.value.low, first.value.high)
