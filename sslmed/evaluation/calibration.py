@@ -13,7 +13,7 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
 # Logits that part val without a mistake have no best temperature: the loss falls for ever as T goes to 0, and every
-# probability would become 0 or 1 on the word of a few patients. So probabilities are sharpened at most fourfold. Towards
+# probability would become 0 or 1 on the word of a few patients. So logits are stretched at most fourfold. Towards
 # large T the bound keeps a model that val contradicts from becoming a coin: its scores would tie in float32.
 COOLEST, HOTTEST = 0.25, 10.0
 

@@ -27,6 +27,10 @@ TITLES = {
     "specificity_at_90_sensitivity": "specificity at 90 % sensitivity",
     "ece": "ECE (lower is better)",
     "brier": "Brier score (lower is better)",
+    "dice": "Dice",
+    "iou": "IoU",
+    "hd95": "HD95 (lower is better)",
+    "asd": "average surface distance (lower is better)",
 }
 
 
@@ -138,10 +142,16 @@ def markdown(rows: Sequence[Row]) -> str:
     ]
     for row in rows:
         spread = "" if np.isnan(row.draw_sd) else f"{row.draw_sd:.3f}"
-        about = [row.budget, str(row.patients), str(row.draws), row.probe, TITLES[row.metric], row.arm]
+        about = [row.budget, str(row.patients), str(row.draws), row.probe, title(row.metric), row.arm]
         cells = [*about, text(row.value), spread, text(row.difference, signed=True), row.verdict or ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def title(metric: str) -> str:
+    """A measure's name for people; of one class, such as ``dice:nerve``, with the class behind it."""
+    name, _, label = metric.partition(":")
+    return f"{TITLES[name]}, {label}" if label else TITLES[name]
 
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:

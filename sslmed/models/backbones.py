@@ -1,7 +1,8 @@
-"""timm backbones: built from a seed, pooled features out. The one place that imports timm."""
+"""timm backbones: built from a seed, pooled features or maps out. The one place that imports timm."""
 
 import difflib
-from typing import Annotated, Any, Literal, cast
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, NamedTuple, Self, cast
 
 import timm
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from sslmed.config import Config, MissingInputError, UsageError
 from sslmed.image_size import ImageSize, in_words, sides
 from sslmed.keyed_rng import key
+from sslmed.models.layer_order import layer_numbers
 from sslmed.models.masking import take_tokens
 
 
@@ -41,6 +43,13 @@ class BackboneConfig(Config):
     pool: Literal["token", "avg"] | None = None
 
 
+class Level(NamedTuple):
+    """One map of a pyramid: its channels, and how many pixels of the input one of its cells is wide."""
+
+    channels: int
+    stride: float
+
+
 class Backbone(nn.Module):
     """A timm network without its classifier. ``network`` carries timm's own tensor names, which are what gets saved.
 
@@ -52,11 +61,83 @@ class Backbone(nn.Module):
         self.network = network
         self.pretrained = pretrained
         self.num_features = _pooled_width(network)
+        self._frozen: tuple[str, ...] = ()  # modules of the network that stay in evaluation mode
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Pooled features (N, num_features) of images (N, C, H, W)."""
         features: torch.Tensor = self.network(images)
         return features
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """What ``maps`` gives, fine to coarse: every stage of a hierarchical network, one level of a plain ViT.
+
+        Raises:
+            UsageError: timm has no maps of this network.
+        """
+        return tuple(_stages(self.network))
+
+    def maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Maps (N, channels, H / stride, W / stride) of images (N, C, H, W), one a level, fine to coarse.
+
+        Where a stride does not divide a side, the network's padding decides whether that is rounded up or down. A
+        plain ViT gives the patches of its last block, normalised. The final norm or last convolution of other networks
+        is left out: theirs are the stages as they come.
+
+        Raises:
+            UsageError: timm has no maps of this network.
+        """
+        stages, network = _stages(self.network), cast(Any, self.network)
+        plain = len(stages) == 1  # not features_only: its tensors have other names than those of a checkpoint
+        found: list[torch.Tensor] = network.forward_intermediates(
+            images, indices=list(stages.values()), norm=plain, output_fmt="NCHW", intermediates_only=True
+        )
+        if plain and hasattr(network, "fc_norm"):  # the last norm where tokens are averaged; norm then does nothing
+            found = [network.fc_norm(each.movedim(1, -1)).movedim(-1, 1) for each in found]
+        return found
+
+    def early_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Maps of the first two stages, or of a plain ViT's first and third block; nothing behind is computed.
+
+        Raises:
+            UsageError: timm has no maps of this network.
+        """
+        stages, network = list(_stages(self.network).values()), cast(Any, self.network)
+        chosen = stages[:2] if len(stages) > 1 else [0, min(2, stages[0])]
+        found: list[torch.Tensor] = network.forward_intermediates(
+            images, indices=chosen, stop_early=True, output_fmt="NCHW", intermediates_only=True
+        )
+        return found
+
+    def layers(self) -> tuple[dict[str, int], int]:
+        """The layer of each of the network's parameters, counted from the input, and the depth (``layer_numbers``)."""
+        return layer_numbers(self.network)
+
+    def freeze(self, count: int | Literal["all"]) -> None:
+        """Stop training the first ``count`` layers, and keep their BatchNorm and dropout in evaluation mode from now.
+
+        Args:
+            count: at most the depth, which leaves the final norm; ``all`` is the whole network.
+
+        Raises:
+            UsageError: there are not so many, or timm does not say which come first.
+        """
+        number, depth = ({}, 0) if count == "all" else self.layers()
+        if count != "all" and not 0 <= count <= depth:
+            raise UsageError(f"{count} layers cannot be frozen: this network has {depth}; give 0 to {depth}, or all")
+        parameters = dict(self.network.named_parameters())
+        frozen = {name for name in parameters if count == "all" or number[name] < count}
+        for name in frozen:
+            parameters[name].requires_grad_(False)
+        self._frozen = tuple(_wholly_in(self.network, frozen))
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for all but what is frozen."""
+        super().train(mode)
+        for name in self._frozen:
+            self.network.get_submodule(name).eval()
+        return self
 
 
 def build(config: BackboneConfig, size: ImageSize, seed: int) -> Backbone:
@@ -249,6 +330,26 @@ def _sized(
         if "img_size" not in str(error):
             raise
         return timm.create_model(name, pretrained=pretrained, **options), options
+
+
+def _stages(network: Any) -> dict[Level, int]:
+    """The levels that timm's ``forward_intermediates`` gives, fine to coarse, and its number for the last of each."""
+    if not hasattr(network, "forward_intermediates") or not getattr(network, "feature_info", None):
+        raise UsageError(
+            f"timm gives no maps of {type(network).__name__} (it has no forward_intermediates), only pooled features; "
+            "take another backbone.name, such as resnet18, convnext_atto, swin_tiny_patch4_window7_224 or "
+            "vit_tiny_patch16_224"
+        )
+    last = {each["reduction"]: (index, each["num_chs"]) for index, each in enumerate(network.feature_info)}
+    return {Level(channels, stride): index for stride, (index, channels) in sorted(last.items())}
+
+
+def _wholly_in(network: nn.Module, frozen: set[str]) -> Iterator[str]:
+    """Names of the modules that have parameters, all of them ``frozen``."""
+    for name, module in network.named_modules():
+        own = [f"{name}.{each}" if name else each for each, _ in module.named_parameters()]
+        if own and frozen.issuperset(own):
+            yield name
 
 
 def _pooled_width(network: nn.Module) -> int:

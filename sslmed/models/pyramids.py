@@ -1,0 +1,93 @@
+"""Feature pyramids: what lies between a backbone's maps and a head that wants several strides."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from sslmed.models.backbones import Level
+
+STRIDES = (4, 8, 16, 32)  # of the pyramid (ViTDet, section 3)
+WIDTH = 256  # of its maps (ViTDet, section 3)
+
+
+def neck(levels: Sequence[Level], channels: int | None = None) -> "Unchanged | SimpleFeaturePyramid":
+    """The module that turns a backbone's maps into a pyramid; its ``levels`` say what comes out, fine to coarse.
+
+    A hierarchical network's maps are a pyramid and pass as they are; of a plain ViT's one map a pyramid is made.
+
+    Args:
+        levels: the backbone's.
+        channels: of a ViT's pyramid; by default 256, or the width of the ViT where that is less.
+    """
+    if len(levels) > 1:
+        return Unchanged(levels)
+    (level,) = levels
+    return SimpleFeaturePyramid(level.channels, level.stride, channels or min(WIDTH, level.channels))
+
+
+class Unchanged(nn.Module):
+    """Maps pass as they are."""
+
+    def __init__(self, levels: Sequence[Level]) -> None:
+        super().__init__()
+        self.levels = tuple(levels)
+
+    def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The same maps."""
+        return list(maps)
+
+
+class SimpleFeaturePyramid(nn.Module):
+    """Four maps from the last one of a plain ViT, each by itself (ViTDet: Li et al., arXiv 2203.16527, section 3).
+
+    Transposed convolutions double the map's sides as often as needed and halve its channels, max-pooling halves its
+    sides. Then come a 1x1 and a 3x3 convolution. LayerNorm over channels follows each convolution, GELU the first of
+    two transposed ones, as in the reference. Every cell is normalised by itself, whatever else is in the window.
+
+    Args:
+        width: channels of the ViT's map.
+        patch: side of its patches, pixels.
+        channels: of the maps that come out.
+
+    Attributes:
+        levels: strides ``patch * 2 ** k`` nearest to 4, 8, 16 and 32: these for patches of 4, 8, 16 or 32 pixels;
+            3.5, 7, 14 and 28 for 14.
+    """
+
+    def __init__(self, width: int, patch: float, channels: int = WIDTH) -> None:
+        super().__init__()
+        doublings = [round(math.log2(patch / stride)) for stride in STRIDES]
+        self.levels = tuple(Level(channels, patch * 2.0**-count) for count in doublings)
+        self.branches = nn.ModuleList([_branch(width, count, channels) for count in doublings])
+
+    def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Maps (N, channels, h, w) of the list of one map (N, width, rows, columns), fine to coarse.
+
+        Halved sides are rounded up.
+        """
+        (last,) = maps
+        return [branch(last) for branch in self.branches]
+
+
+class _ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (N, C, H, W), at every position by itself."""
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        return super().forward(maps.movedim(1, -1)).movedim(-1, 1)
+
+
+def _branch(width: int, doublings: int, channels: int) -> nn.Sequential:
+    """``doublings`` below zero are halvings."""
+    layers: list[nn.Module] = []
+    for number in range(doublings):
+        if number:
+            layers += [_ChannelNorm(width), nn.GELU()]
+        narrow = max(width // 2, 1)
+        layers.append(nn.ConvTranspose2d(width, narrow, kernel_size=2, stride=2))
+        width = narrow
+    layers += [nn.MaxPool2d(2, ceil_mode=True) for _ in range(-doublings)]
+    layers += [nn.Conv2d(width, channels, 1, bias=False), _ChannelNorm(channels)]
+    layers += [nn.Conv2d(channels, channels, 3, padding=1, bias=False), _ChannelNorm(channels)]
+    return nn.Sequential(*layers)

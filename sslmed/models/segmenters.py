@@ -1,0 +1,98 @@
+"""Decoders from a pyramid of maps to a class for every pixel."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sslmed.models.backbones import Level
+
+WIDTH = 16  # channels at the stride of 1; they double with the stride
+WIDEST = 256
+
+
+class UNetDecoder(nn.Module):
+    """From the coarsest map to every pixel, with a finer map joined on the way (U-Net, arXiv 1505.04597, section 2).
+
+    At every stride: enlarge, concatenate the backbone's map, and twice a 3x3 convolution with BatchNorm and ReLU; below
+    the finest map the same without one. Unlike the paper's, convolutions are padded, maps are enlarged by bilinear
+    interpolation, and they are normalised: by BatchNorm, so that in evaluation mode an answer does not depend on what
+    else is in the window, as tiles of an image need it.
+
+    Args:
+        levels: of the maps, fine to coarse.
+        classes: of the result.
+    """
+
+    def __init__(self, levels: Sequence[Level], classes: int) -> None:
+        super().__init__()
+        channels, stride = levels[-1]
+        stages = []
+        for skip in _ways_up(levels):
+            stages.append(_Stage(channels, skip, stride / skip.stride))
+            channels, stride = stages[-1].width, skip.stride
+        self.stages = nn.ModuleList(stages)
+        self.classifier = nn.Conv2d(channels, classes, 1)
+        # Nearly equal probabilities at first, a loss of about log(classes). Smaller weights learnt far more slowly:
+        # from 0.01, masks of two classes were still one class after 60 steps in which 0.1 had told them apart.
+        nn.init.normal_(self.classifier.weight, std=0.1)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, maps: Sequence[torch.Tensor], size: Sequence[int]) -> torch.Tensor:
+        """Logits (N, classes, height, width) of ``maps``, fine to coarse, of images of this size.
+
+        The last layer computes in its own precision, under autocast too.
+        """
+        *finer, decoded = maps
+        for stage in self.stages:
+            decoded = stage(decoded, finer.pop() if finer else None, size)
+        with torch.autocast(decoded.device.type, enabled=False):
+            logits: torch.Tensor = self.classifier(decoded.to(self.classifier.weight.dtype))
+        return logits
+
+
+def _ways_up(levels: Sequence[Level]) -> list[Level]:
+    """What is joined at each step: the finer levels, then nothing (0 channels) at halved strides down to 1."""
+    steps = list(reversed(levels[:-1]))
+    stride = levels[0].stride
+    while stride > 1:
+        stride = stride / 2 if stride >= 2 else 1.0
+        steps.append(Level(0, stride))
+    return steps
+
+
+class _Stage(nn.Module):
+    """One step up: enlarge, join, and convolve twice."""
+
+    def __init__(self, channels: int, skip: Level, ratio: float) -> None:
+        super().__init__()
+        self.stride, self.ratio = skip.stride, ratio
+        self.width = min(WIDTH * 2 ** round(math.log2(skip.stride)), WIDEST)
+        layers: list[nn.Module] = []
+        for entering in (channels + skip.channels, self.width):
+            convolution = nn.Conv2d(entering, self.width, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+            layers += [convolution, nn.BatchNorm2d(self.width), nn.ReLU()]
+        self.convolutions = nn.Sequential(*layers)
+
+    def forward(self, coarse: torch.Tensor, skip: torch.Tensor | None, size: Sequence[int]) -> torch.Tensor:
+        goal = [math.ceil(side / self.stride) for side in size] if skip is None else skip.shape[-2:]
+        joined = _enlarged(coarse, self.ratio, goal)
+        if skip is not None:
+            joined = torch.cat([joined, skip.to(joined.dtype)], dim=1)
+        decoded: torch.Tensor = self.convolutions(joined)
+        return decoded
+
+
+def _enlarged(maps: torch.Tensor, ratio: float, size: Sequence[int]) -> torch.Tensor:
+    """Maps ``ratio`` times as large, then cut, or continued by their last row and column, to ``size``.
+
+    Stretching to ``size`` instead would move what is seen: where a stride does not divide a side, the coarser map
+    reaches beyond the finer one, or ends before it.
+    """
+    larger = F.interpolate(maps, scale_factor=ratio, mode="bilinear", align_corners=False)
+    larger = larger[..., : size[0], : size[1]]
+    below, right = size[0] - larger.shape[-2], size[1] - larger.shape[-1]
+    return F.pad(larger, (0, right, 0, below), mode="replicate") if below or right else larger

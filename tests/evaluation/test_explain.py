@@ -1,0 +1,163 @@
+"""Grad-CAM against its closed form, and in the place where it must look; overlays by value."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sslmed.config import UsageError
+from sslmed.evaluation.explain import LABEL_COLOURS, heat_maps, overlay_heat, overlay_labels
+from sslmed.models.backbones import Backbone, BackboneConfig, build
+
+SIDE, BLOB = 128, 24
+NAMES = ["test_resnet", "tf_efficientnet_lite0", "convnext_atto", "swin_tiny_patch4_window7_224"]
+TOKENS: dict[str, dict[str, Any]] = {
+    "class token": {"name": "test_vit", "patch": 8},
+    "mean": {"name": "test_vit", "patch": 8, "pool": "avg"},
+    "registers, rotary positions": {"name": "vit_tiny_patch16_dinov3_qkvb", "patch": 8},
+}
+
+
+def mixed(features: torch.Tensor) -> torch.Tensor:
+    return features @ torch.linspace(1, -0.5, features.shape[1])
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "swin_tiny_patch4_window7_224"])
+def test_closed_form_of_pooling_and_a_linear_layer(name: str) -> None:
+    """Y = w . mean(A): dY/dA = w / (h w) everywhere, and L = ReLU(sum_k w_k A_k) / (h w)."""
+    torch.manual_seed(0)
+    backbone = build(BackboneConfig(name=name), 64, 0).eval()
+    network: Any = backbone.network
+    images, weights = torch.randn(3, 1, 64, 64), torch.rand(backbone.num_features) - 0.3
+    with torch.no_grad():
+        found = network.forward_features(images)
+        if network.__class__.__name__ == "SwinTransformer":
+            found = found.permute(0, 3, 1, 2)
+        expected = F.relu(torch.einsum("k,nkhw->nhw", weights, found)) / found[0, 0].numel()
+        expected = F.interpolate(expected[:, None], (64, 64), mode="bilinear")[:, 0]
+        assert expected.any()
+        expected = expected / expected.amax(dim=(1, 2), keepdim=True)
+    assert torch.allclose(heat_maps(backbone, lambda features: features @ weights, images), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [*({"name": name} for name in NAMES), *TOKENS.values()], ids=[*NAMES, *TOKENS])
+def test_values_and_what_stays_as_it_was(settings: dict[str, Any]) -> None:
+    backbone = build(BackboneConfig.model_validate(settings), (64, 96), 0)
+    backbone.freeze(2)
+    backbone.requires_grad_(False)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    flags = [module.training for module in backbone.modules()]
+    images = torch.randn(2, 1, 64, 96)
+    heat = heat_maps(backbone, mixed, images)
+    assert heat.shape == (2, 64, 96)
+    assert heat.dtype == torch.float32
+    assert not heat.requires_grad
+    assert torch.equal(heat.amax(dim=(1, 2)), torch.ones(2)), "a class token too has a gradient there"
+    assert heat.min() >= 0
+    assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
+    assert [module.training for module in backbone.modules()] == flags
+    assert torch.is_grad_enabled()
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+    assert not any(module._forward_pre_hooks for module in backbone.modules())
+    each = torch.cat([heat_maps(backbone, mixed, image[None]) for image in images])
+    assert torch.allclose(each, heat, atol=1e-4), "an image's map does not depend on the others"
+    with torch.inference_mode():
+        assert torch.allclose(heat_maps(backbone, mixed, images + 0), heat, atol=1e-5)
+        assert not torch.is_grad_enabled()
+
+
+def test_gradients_of_weights_are_left_alone() -> None:
+    backbone = build(BackboneConfig(name="test_resnet"), 64, 0)
+    heat_maps(backbone, mixed, torch.randn(1, 1, 64, 64))
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+def test_a_map_that_is_zero_everywhere_stays_zero() -> None:
+    backbone = build(BackboneConfig(name="test_resnet"), 64, 0)
+    assert not heat_maps(backbone, lambda features: -features.sum(dim=1), torch.randn(2, 1, 64, 64)).any()
+
+
+def test_a_network_without_places_is_refused() -> None:
+    with pytest.raises(UsageError, match="no heat maps of MlpMixer"):
+        heat_maps(build(BackboneConfig(name="mixer_s32_224"), 64, 0), mixed, torch.randn(1, 1, 64, 64))
+
+
+class _Blobs(nn.Module):
+    """Tells images with a bright blob somewhere from images without."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.backbone: Backbone = build(BackboneConfig.model_validate(settings), SIDE, 0)
+        self.head = nn.Linear(self.backbone.num_features, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.head(self.backbone(images))
+        return answer[:, 0]
+
+
+def blobs(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images, whether there is a blob, and its corner."""
+    present, corner = torch.rand(count) < 0.5, torch.randint(0, SIDE - BLOB, (count, 2))
+    images = 0.3 * torch.randn(count, 1, SIDE, SIDE)
+    for image, there, (row, column) in zip(images, present, corner.tolist(), strict=True):
+        image[0, row : row + BLOB, column : column + BLOB] += 2.0 * there
+    return images, present, corner
+
+
+@pytest.mark.parametrize("settings", [{"name": "test_resnet"}, {"name": "test_vit"}], ids=["CNN", "ViT"])
+def test_it_shows_the_blob_that_decides(settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = _Blobs(settings).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    for step in range(50):
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / 50)
+        images, present, _ = blobs(16)
+        loss = F.binary_cross_entropy_with_logits(model(images), present.float())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    images, present, corner = blobs(64)
+    assert ((model.eval()(images) > 0) == present).float().mean() > 0.95, "it has learnt"
+    heat = heat_maps(model.backbone, lambda features: model.head(features)[:, 0], images[present])
+    hottest = heat.flatten(1).argmax(dim=1)
+    places = torch.stack([hottest // SIDE, hottest % SIDE], dim=1)
+    reach = BLOB // 2 + 16  # half the blob and half a cell of the coarsest map
+    near = ((places - (corner[present] + BLOB // 2)).abs() <= reach).all(dim=1)
+    print("NEAR", near.float().mean())
+    assert near.float().mean() > 0.85
+
+
+def test_overlay_of_heat() -> None:
+    pixels = np.array([[0.0, 0.5], [1.0, 0.2]])
+    picture = overlay_heat(pixels, np.array([[0.0, 0.0], [0.0, 1.0]]))
+    assert picture.dtype == np.uint8
+    assert picture.shape == (2, 2, 3)
+    assert picture[0, 0].tolist() == [0, 0, 0]
+    assert picture[0, 1].tolist() == [128, 128, 128]
+    assert picture[1, 0].tolist() == [255, 255, 255]
+    assert picture[1, 1].tolist() == [round(0.4 * 51 + 0.6 * each) for each in (255, 255, 160)]
+    colour = np.random.default_rng(0).random((4, 5, 3))
+    assert np.array_equal(overlay_heat(colour, np.zeros((4, 5))), np.rint(colour * 255).astype(np.uint8))
+
+
+def test_overlay_of_labels() -> None:
+    labels = np.zeros((9, 9), np.uint8)
+    labels[2:7, 2:7] = 1
+    labels[0, 0], labels[8, 8], labels[0, 8] = 255, 8, 2
+    picture = overlay_labels(np.full((9, 9), 0.4), labels)
+    assert picture[2, 2].tolist() == list(LABEL_COLOURS[0]), "an outline in full colour"
+    assert picture[4, 4].tolist() == [round(0.75 * 102 + 0.25 * each) for each in LABEL_COLOURS[0]], "a light fill"
+    assert picture[1, 4].tolist() == [102, 102, 102], "the outline lies inside"
+    assert picture[0, 0].tolist() == [102, 102, 102], "255 is no class"
+    assert picture[8, 8].tolist() == list(LABEL_COLOURS[0]), "colours repeat"
+    assert picture[0, 8].tolist() == list(LABEL_COLOURS[1])
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (5, 4, 3), (4, 4, 4), (4, 4, 1), (4,)])
+def test_pixels_that_do_not_fit_what_lies_over_them(shape: tuple[int, ...]) -> None:
+    for overlay in (overlay_heat, overlay_labels):
+        with pytest.raises(ValueError, match=r"pixels \(H, W\)"):
+            overlay(np.zeros(shape), np.zeros((4, 4), np.uint8))
