@@ -112,9 +112,14 @@ class LARS(torch.optim.Optimizer):
 
 
 def scheduled(config: OptimConfig, groups: Parameters, batch_size: int, total_steps: int) -> dict[str, Any]:
-    """The optimizer with its schedule, stepped after each performed step, in the form that Lightning asks for."""
+    """The optimizer with its schedule, stepped after each performed step, in the form that Lightning asks for.
+
+    A group may have a ``share`` of the rate, and ``begin``: the step at which its own warm-up starts; before, its rate
+    is 0.
+    """
+    factors = [_delayed(config, total_steps, group.get("begin", 0), group.get("share", 1.0)) for group in groups]
     optimizer = build_optimizer(config, groups, batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(config, total_steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -129,3 +134,8 @@ def warmup_cosine(config: OptimConfig, total_steps: int) -> Callable[[int], floa
         return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return factor
+
+
+def _delayed(config: OptimConfig, total_steps: int, begin: int, share: float) -> Callable[[int], float]:
+    later = warmup_cosine(config, total_steps - begin)
+    return lambda step: share * later(step - begin) if step >= begin else 0.0

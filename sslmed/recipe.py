@@ -50,7 +50,7 @@ class PretrainRecipe(Config):
 
 
 class FinetuneRecipe(Config):
-    """How to run ``sslmed finetune``. ``backbone`` is named only for a start from random or ImageNet weights."""
+    """How to run ``sslmed finetune``. A start without a card (random, ImageNet, a weight file) needs ``backbone``."""
 
     verb: ClassVar[str] = "finetune"
     task: ClassVar[str] = "head"

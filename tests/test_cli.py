@@ -10,6 +10,7 @@ import pytest
 
 import sslmed
 from sslmed import cli, config, endings
+from sslmed.cli import options
 from sslmed.commands import recipes, verify
 from sslmed.config import SslmedError, UsageError
 
@@ -41,13 +42,13 @@ def test_public_names() -> None:
 
 @pytest.mark.parametrize(("text", "size"), [("96", 96), ("96x128", (96, 128)), ("32X48", (32, 48))])
 def test_a_size_is_one_number_or_height_and_width(text: str, size: object) -> None:
-    assert cli._size(text) == size
+    assert options.image_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "x", "96x", "axb", "96x96x3", "-5", "9.5", "[96, 128]"])
 def test_a_size_that_is_none(text: str) -> None:
     with pytest.raises(UsageError, match="allowed: 96 for a square, or height x width such as 96x128"):
-        cli._size(text)
+        options.image_size(text)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,3 +142,71 @@ def test_the_rate_of_every_performed_step_is_the_closed_form(accumulate: int, ru
     for step in (10, 19):
         cosine = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 5) / 15))
         assert rates[step] == pytest.approx(peak * cosine)
+
+
+def rates_of(config: OptimConfig, groups: list[dict[str, object]], total: int) -> list[list[float]]:
+    """The rate of each group in each step."""
+    made = scheduled(config, groups, 256, total)
+    found = []
+    for _ in range(total):
+        found.append([group["lr"] for group in made["optimizer"].param_groups])
+        made["optimizer"].step()
+        made["lr_scheduler"]["scheduler"].step()
+    return found
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_a_group_may_have_a_share_of_the_rate_and_begin_later(name: str) -> None:
+    total, begin, share, lr = 20, 8, 0.3, 0.1
+    config = OptimConfig(name=name, lr=lr, warmup=0.25, final_lr=0.1)
+    own = {"share": share}, {"begin": begin}, {"share": share, "begin": begin}
+    groups = [{"params": [nn.Parameter(torch.ones(1))], **each} for each in ({}, *own)]
+
+    def closed(step: int, steps: int) -> float:
+        warmup = round(0.25 * steps)
+        if step < warmup:
+            return lr * step / warmup
+        return lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))))
+
+    for step, (plain, less, later, both) in enumerate(rates_of(config, groups, total)):
+        assert plain == pytest.approx(closed(step, total))
+        assert less == pytest.approx(share * closed(step, total))
+        expected = closed(step - begin, total - begin) if step >= begin else 0.0
+        assert later == pytest.approx(expected), "a warm-up of its own, and the same end"
+        assert both == pytest.approx(share * expected)
+
+
+def test_before_it_begins_a_group_does_not_move() -> None:
+    early, late = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    groups = [
+        {"params": [early], "weight_decay": 0.5},
+        {"params": [late], "weight_decay": 0.5, "begin": 3},
+    ]
+    made = scheduled(OptimConfig(lr=0.1, warmup=0), groups, 256, 10)
+    for step in range(5):
+        early.grad, late.grad = torch.ones(2), torch.ones(2)
+        before = late.detach().clone()
+        made["optimizer"].step()
+        made["lr_scheduler"]["scheduler"].step()
+        assert torch.equal(before, late) == (step < 3)
+    assert (early < late).all()
+
+
+def test_a_schedule_with_groups_of_their_own_resumes() -> None:
+    def made() -> dict[str, object]:
+        groups = [{"params": [nn.Parameter(torch.ones(1))], "begin": begin, "share": 0.5} for begin in (0, 4)]
+        return scheduled(OptimConfig(lr=0.1, warmup=0.2), groups, 256, 12)
+
+    whole, first, second = made(), made(), made()
+    for each, steps in ((whole, 7), (first, 5)):
+        for _ in range(steps):
+            each["optimizer"].step()
+            each["lr_scheduler"]["scheduler"].step()
+    second["optimizer"].load_state_dict(first["optimizer"].state_dict())
+    second["lr_scheduler"]["scheduler"].load_state_dict(first["lr_scheduler"]["scheduler"].state_dict())
+    for _ in range(2):
+        second["optimizer"].step()
+        second["lr_scheduler"]["scheduler"].step()
+    rates = [[group["lr"] for group in each["optimizer"].param_groups] for each in (whole, second)]
+    assert rates[0] == rates[1]
+    assert rates[0][1] > 0

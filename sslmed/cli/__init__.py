@@ -1,17 +1,34 @@
 """The command line. A verb imports its command when it is called, so that help and listings need no torch."""
 
-import json
-import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Protocol, cast
+from typing import Annotated, Any, cast
 
 import typer
 
 from sslmed import __version__, endings
+from sslmed.cli.options import (
+    Boxes,
+    Data,
+    Json,
+    LabelColumns,
+    Labels,
+    MaskClasses,
+    Masks,
+    Model,
+    Overrides,
+    Recipe,
+    Resume,
+    Tilt,
+    Workers,
+    image_size,
+    words,
+)
+from sslmed.cli.recipes import recipes_app
+from sslmed.cli.showing import show
 from sslmed.config import DataError, UsageError
 
 CommandLineError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])  # click's, or this typer's own copy
@@ -24,45 +41,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
 )
-recipes_app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped name (sslmed recipes ls) or a YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE", help="Settings on top of the recipe, such as train.epochs=50.", show_default=False
-    ),
-]
-Model = Annotated[Path, typer.Argument(metavar="RUN|ARTIFACT", help="A finished run or an artifact.")]
-Data = Annotated[Path, typer.Option("--data", metavar="STORE", help="The store that sslmed ingest made.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")]
-Labels = Annotated[
-    Path | None, typer.Option(metavar="CSV", help="Columns file, patient, perhaps split, and label:NAME.")
-]
-LabelColumns = Annotated[
-    str, typer.Option(metavar="A,B", help="The label columns of a CSV that does not use the prefix label:.")
-]
-Masks = Annotated[Path | None, typer.Option(metavar="DIR", help="Masks called like their images: PNG, NIfTI.")]
-MaskClasses = Annotated[str, typer.Option(metavar="A,B", help="Names of the masks' values 0, 1, ...")]
-Boxes = Annotated[Path | None, typer.Option(metavar="DIR|JSON", help="Boxes: Pascal VOC folder, or COCO JSON.")]
-Tilt = Annotated[bool, typer.Option("--resample-tilt", help="Read CT with a tilted gantry, its slices sheared back.")]
-Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that read images; 0 reads in this one.")]
-
-
-class Result(Protocol):
-    """What every command returns."""
-
-    @property
-    def next(self) -> str:
-        """The exact command to go on with."""
-
-    def lines(self) -> list[str]:
-        """The result for people."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The result for programs."""
 
 
 def main() -> None:
@@ -93,38 +72,6 @@ def _quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
-def _show(result: Result, as_json: bool) -> None:
-    if as_json:
-        text = json.dumps(_plain(result.as_dict()), allow_nan=False)
-    else:
-        text = "\n".join([*result.lines(), f"next: {result.next}"])
-    print(text, flush=True)  # now, so that a reader that has gone is noticed where it is handled
-
-
-def _plain(value: object) -> object:
-    """JSON has neither NaN nor paths."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
-
-
-def _size(text: str) -> int | tuple[int, int]:
-    """``96``, or ``96x128``: height, then width."""
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
-        raise UsageError(f"--size is '{text}'; allowed: 96 for a square, or height x width such as 96x128, in pixels")
-    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
-
-
-def _words(text: str) -> list[str]:
-    """What commas part."""
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"sslmed {__version__}")
@@ -148,7 +95,7 @@ def demo(
     """The whole way on generated images: CPU, offline, 2 minutes."""
     from sslmed.commands.demo import demo as command
 
-    _show(command(out), as_json)
+    show(command(out), as_json)
 
 
 @app.command()
@@ -190,9 +137,9 @@ def ingest(
     named: dict[str, Any] = {
         "modality": modality,
         "labels": labels,
-        "label_columns": _words(label_columns),
+        "label_columns": words(label_columns),
         "masks": masks,
-        "mask_classes": _words(mask_classes),
+        "mask_classes": words(mask_classes),
         "boxes": boxes,
         "patient": patient,
         "split": split,
@@ -206,14 +153,14 @@ def ingest(
     else:
         from sslmed.commands.ingest import ingest as command
 
-        _show(command(source, out, key=key, size=size, **named), as_json)
+        show(command(source, out, key=key, size=size, **named), as_json)
 
 
 def _check(source: Path, named: dict[str, Any], as_json: bool) -> None:
     from sslmed.commands.check import check as command
 
     found = command(source, **named)
-    _show(found, as_json)
+    show(found, as_json)
     if found.errors:
         raise typer.Exit(DataError.exit_code)
 
@@ -235,13 +182,13 @@ def label(
     result = command(
         store,
         labels=labels,
-        label_columns=_words(label_columns),
+        label_columns=words(label_columns),
         masks=masks,
-        mask_classes=_words(mask_classes),
+        mask_classes=words(mask_classes),
         boxes=boxes,
         replace=replace,
     )
-    _show(result, as_json)
+    show(result, as_json)
 
 
 @app.command()
@@ -258,7 +205,7 @@ def preview(
     """Draw raw, normalised and augmented images, masks and boxes as PNG."""
     from sslmed.commands.preview import preview as command
 
-    _show(command(store, recipe=recipe, out=out, count=count, seed=seed), as_json)
+    show(command(store, recipe=recipe, out=out, count=count, seed=seed), as_json)
 
 
 @app.command()
@@ -277,22 +224,33 @@ def pretrain(
     from sslmed.commands import pretrain as commands
 
     if plan:
-        _show(commands.plan(recipe, data, overrides=overrides or ()), as_json)
+        show(commands.plan(recipe, data, overrides=overrides or ()), as_json)
     elif out is None:
         raise UsageError("pretrain needs --out RUN, the folder to write; with --plan it writes nothing")
     else:
-        _show(commands.pretrain(recipe, data, out, overrides=overrides or (), resume=resume), as_json)
+        show(commands.pretrain(recipe, data, out, overrides=overrides or (), resume=resume), as_json)
 
 
 @app.command()
 def evaluate(
     model: Model,
     data: Data,
+    overrides: Overrides = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(metavar="START", help="One more start, repeatable: imagenet, a weight file, a run or artifact."),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="Fine-tune every start by it instead of probing features.")
+    ] = None,
     target: Annotated[str | None, typer.Option(help="The label column; by default the store's first.")] = None,
     budgets: Annotated[
-        str, typer.Option(help="Shares of the labelled patients, or k=N patients a class.")
-    ] = "1%,10%,100%",
-    seeds: Annotated[int, typer.Option(help="Label draws a budget.")] = 5,
+        str | None,
+        typer.Option(metavar="B,B", help="Shares of labelled patients, or k=N of each class.", show_default=False),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Label draws a budget; by default 5, of fine-tunings 3.", show_default=False)
+    ] = None,
     replicates: Annotated[int, typer.Option(help="Patient bootstrap replicates.")] = 1000,
     size: Annotated[
         str | None, typer.Option(metavar="N|HxW", help="Size of the network input, pixels; by default the card's.")
@@ -302,40 +260,47 @@ def evaluate(
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse when pretraining has seen a test patient.")] = False,
     workers: Workers = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with interrupted fine-tunings.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Score frozen features with few labels, beside random weights."""
+    """Compare a backbone with random weights and other starts, on few labels."""
     from sslmed.commands.evaluate import evaluate as command
 
     result = command(
         model,
         data,
+        beside=beside or (),
+        recipe=recipe,
+        overrides=overrides or (),
         target=target,
         budgets=budgets,
         seeds=seeds,
         replicates=replicates,
-        size=None if size is None else _size(size),
+        size=None if size is None else image_size(size),
         out=out,
         strict=strict,
         workers=workers,
+        resume=resume,
     )
-    _show(result, as_json)
+    show(result, as_json)
 
 
 @app.command()
 def finetune(
     recipe: Recipe,
     data: Data,
-    start: Annotated[str, typer.Option("--from", metavar="RUN|ARTIFACT|random", help="The weights to start from.")],
+    start: Annotated[
+        str, typer.Option("--from", metavar="RUN|ARTIFACT|FILE|imagenet|random", help="The weights to start from.")
+    ],
     out: Annotated[Path, typer.Option("--out", metavar="RUN", help="The run to make.")],
     overrides: Overrides = None,
     resume: Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Train a classifier, from a pretrained backbone or from scratch."""
+    """Train a classifier or a segmenter, from a pretrained backbone or not."""
     from sslmed.commands.finetune import finetune as command
 
-    _show(command(recipe, data, out, start=start, overrides=overrides or (), resume=resume), as_json)
+    show(command(recipe, data, out, start=start, overrides=overrides or (), resume=resume), as_json)
 
 
 @app.command()
@@ -344,12 +309,14 @@ def predict(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A folder of images, or one image.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
     resample_tilt: Tilt = False,
+    tta: Annotated[bool, typer.Option("--tta", help="Average over turned, mirrored or smaller images.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Also draw heat maps, or masks, on the images.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Predict the classes of images with a fine-tuned model."""
+    """Predict classes, findings or masks of images with a fine-tuned model."""
     from sslmed.commands.predict import predict as command
 
-    _show(command(model, source, out, resample_tilt=resample_tilt), as_json)
+    show(command(model, source, out, resample_tilt=resample_tilt, tta=tta, explain=explain), as_json)
 
 
 @app.command()
@@ -359,40 +326,4 @@ def verify(
     """Check every digest and the self-test."""
     from sslmed.commands.verify import verify as command
 
-    _show(command(path), as_json)
-
-
-@recipes_app.command("ls")
-def recipes_ls(as_json: Json = False) -> None:
-    """List the shipped recipes."""
-    from sslmed.commands import recipes
-
-    _show(recipes.ls(), as_json)
-
-
-@recipes_app.command("show")
-def recipes_show(recipe: Recipe, as_json: Json = False) -> None:
-    """Print a recipe."""
-    from sslmed.commands import recipes
-
-    _show(recipes.show(recipe), as_json)
-
-
-@recipes_app.command("copy")
-def recipes_copy(
-    recipe: Recipe,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that does not exist yet.")],
-    as_json: Json = False,
-) -> None:
-    """Copy a recipe to change it."""
-    from sslmed.commands import recipes
-
-    _show(recipes.copy(recipe, file), as_json)
-
-
-@recipes_app.command("check")
-def recipes_check(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Say what is wrong with a recipe, or print it with every default."""
-    from sslmed.commands import recipes
-
-    _show(recipes.check(recipe, overrides or ()), as_json)
+    show(command(path), as_json)

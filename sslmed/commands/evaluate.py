@@ -1,11 +1,7 @@
-"""``sslmed evaluate``: what frozen features are worth with few labels, beside the same network from random weights."""
+"""``sslmed evaluate``: what a pretrained backbone is worth with few labels, beside random weights and other starts."""
 
-import dataclasses
-import math
 import shlex
-import shutil
-import uuid
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,169 +11,217 @@ import torch
 
 from sslmed import artifact, image_size
 from sslmed.artifact import Card
-from sslmed.config import DataError, DiskError, OutputExistsError, UsageError
+from sslmed.config import DataError, OutputExistsError, UsageError
+from sslmed.data import targets
 from sslmed.data.input import open_store
 from sslmed.data.loading import plain_loader
 from sslmed.data.store import Store
-from sslmed.durable import PARTIAL, write_json
-from sslmed.evaluation import comparison, probes
+from sslmed.data.targets import Target
+from sslmed.evaluation import comparison, probes, protocol
 from sslmed.evaluation.comparison import Features, Row
 from sslmed.evaluation.protocol import Skipped, bootstrap_weights, draws, parse
-from sslmed.models.backbones import build
+from sslmed.recipe import FinetuneRecipe, load_finetune
 from sslmed.shipped import shipped
+from sslmed.supervised import study
+from sslmed.supervised.arms import Arm, arms, refuse_labels
+from sslmed.supervised.evaluated import EvaluateResult, write
+from sslmed.supervised.starting import RANDOM
+from sslmed.supervised.study import Cell
+from sslmed.supervised.task import target_of
 
-RANDOM, PRETRAINED = "random", "pretrained"
-# The metric of the printed verdict, named beforehand: of four, one would often look better by chance.
-HEADLINE = "auroc"
 BOOTSTRAP_SEED = 0
+SEEDS, FINETUNED_SEEDS = 5, 3
 
 Rows = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class EvaluateResult:
-    """What ``evaluate`` found; the same as in ``evaluation.json``.
-
-    Attributes:
-        seen: How many of the ``test_patients`` pretraining has read; None when that cannot be told.
-        skipped: Budgets that could not be drawn, with the reason.
-        protocol: What someone needs to repeat the numbers.
-        notes: What a reader must know before believing the numbers.
-    """
-
-    model: str
-    data: str
-    out: str
-    target: str
-    classes: tuple[str, ...]
-    test_patients: int
-    test_images: int
-    seen: int | None
-    rows: tuple[Row, ...]
-    skipped: tuple[Skipped, ...]
-    protocol: dict[str, Any]
-    notes: tuple[str, ...]
-    next: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """The result in JSON's types, nan as null."""
-        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
-
-    def lines(self) -> list[str]:
-        """The result for people: AUROC and the verdict of each budget and probe."""
-        table = [["budget", "probe", PRETRAINED, RANDOM, "difference", "verdict"]]
-        for row in self.rows:
-            if row.metric == HEADLINE and row.arm == PRETRAINED:
-                random = self.row(row.budget, row.probe, RANDOM, HEADLINE).value
-                values = [comparison.text(row.value), comparison.text(random)]
-                difference = comparison.text(row.difference, signed=True)
-                table.append([row.budget, row.probe, *values, difference, row.verdict or ""])
-        every_metric = f"every metric: {Path(self.out) / 'evaluation.md'}"
-        return [*self.preamble(), "", *comparison.aligned(table), "", *self.conditions(), every_metric]
-
-    def row(self, budget: str, probe: str, arm: str, metric: str) -> Row:
-        """The row of that budget, probe, arm and metric."""
-        wanted = (budget, probe, arm, metric)
-        return next(row for row in self.rows if (row.budget, row.probe, row.arm, row.metric) == wanted)
-
-    def preamble(self) -> list[str]:
-        """What was measured, on whom, and what speaks against it."""
-        average = f"positive: {self.classes[1]}" if len(self.classes) == 2 else "mean over classes, each against rest"
-        known = f"{self.seen} of {self.test_patients} test patients were seen in pretraining"
-        if self.seen is None:
-            known = "cannot tell whether pretraining has seen them: other keys, or a start from a foreign file"
-        return [
-            f"AUROC with 95 % intervals of {self.target}: {', '.join(self.classes)} ({average})",
-            f"{self.test_images} test images of {self.test_patients} patients; {known}",
-            *self.notes,
-        ]
-
-    def conditions(self) -> list[str]:
-        """What was left out, and what the numbers rest on."""
-        about = self.protocol
-        dropped = max(row.value.dropped for row in self.rows)
-        return [
-            *(f"skipped {part.budget}: {part.why}" for part in self.skipped),
-            f"{about['seeds']} nested draws of train patients (at 100 % all draw the same); kNN k={about['k']} "
-            f"T={about['temperature']}; logistic regression C={about['C']}",
-            f"{about['replicates']} bootstrap replicates of test patients, {dropped} left out for lack of a class",
-            "intervals cover the choice of test patients; that of labels and of random starts shows in the sd of draws",
-        ]
 
 
 def evaluate(
     model: Path | str,
     data: Path | str,
     *,
+    beside: Sequence[str | Path] = (),
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
     target: str | None = None,
-    budgets: str = "1%,10%,100%",
-    seeds: int = 5,
+    budgets: str | None = None,
+    seeds: int | None = None,
     replicates: int = 1000,
     size: image_size.ImageSize | None = None,
     out: Path | str | None = None,
     strict: bool = False,
     workers: int = 0,
+    resume: bool = False,
 ) -> EvaluateResult:
-    """Probe a pretrained backbone and the same network from random weights on the same few labels, and compare them.
+    """Compare a pretrained backbone with the same network from random weights, and other starts, on the same labels.
 
-    Probes train on draws of train patients; the test patients are scored once; no test label picks anything. Writes
-    ``evaluation.json`` and ``evaluation.md``.
+    Frozen features are probed (kNN and a linear classifier); with ``recipe`` every start is fine-tuned by it instead,
+    for the same steps, which also goes for masks. Both train on draws of train patients; the test patients are scored
+    once by each; no test label picks anything. Writes ``evaluation.json`` and ``evaluation.md``.
 
     Args:
         model: A run or an artifact.
-        data: A store with labels.
-        target: The label column; the store's first by default.
-        budgets: Shares of the labelled train patients, or ``k=N`` patients of each class, parted by commas.
-        seeds: Label draws a budget, at least 1.
+        data: A store with labels, or masks.
+        beside: More starts: ``imagenet``, a weight file of the model's network, a run or an artifact.
+        recipe: For fine-tuning: a shipped name, such as ``xray/classification``, or a file.
+        overrides: ``section.key=value`` settings on top of the recipe.
+        target: The label column that probes learn; the store's first by default. A recipe has ``data.target``.
+        budgets: Shares of the labelled train patients, or ``k=N`` patients of each class (of masks: in all), parted by
+            commas. By default ``k`` for stores of under 200 labelled train patients, else shares.
+        seeds: Label draws a budget, at least 1; by default 5, of fine-tunings 3.
         replicates: Patient bootstrap replicates, at least 100.
-        size: Of the network input in pixels, the side of a square or height and width; the card's by default.
+        size: Of the probes' input in pixels, the side of a square or height and width; the card's by default.
         out: Folder to write; by default ``evaluation`` in the run, or ``NAME-evaluation`` beside the artifact.
         strict: Refuse when a test patient was seen in pretraining, or when that cannot be told.
-        workers: Processes that read images.
+        workers: Processes that read images for probes.
+        resume: Go on with fine-tunings that were interrupted; finished ones are taken as they are.
 
     Raises:
-        UsageError: a budget, number or target that is not allowed.
+        UsageError: a budget, number, target or recipe that is not allowed.
         MissingInputError: no model or store there.
         DataError: damaged input, a store that does not fit the backbone, too few labels; leakage when ``strict``.
         OutputExistsError: ``out`` exists.
         DiskError: the result cannot be written.
     """
-    wanted = parse(budgets)
+    settings = None if recipe is None else _settings(recipe, overrides, target, size, workers)
+    if settings is None and (overrides or resume):
+        raise UsageError("settings and --resume are for fine-tuning; give --recipe too, or leave them out")
+    if seeds is None:
+        seeds = SEEDS if settings is None else FINETUNED_SEEDS
     _check_numbers(seeds, replicates, size, workers)
     card, store = artifact.read_card(model), open_store(data)
-    _check_fits(card, store)
-    folder = _free_folder(artifact.resolve(model), out)
-    target = _target(store, target)
-    labels, classes = store.target(target), store.classes(target)
-    train, test = (rows[labels[rows] >= 0] for rows in (store.rows("train"), store.rows("test")))
-    notes = _check_labels(classes, labels[train], labels[test])
-    known = artifact.patients_seen(model, store, test)
+    artifact.check_fits(card, store.modality, int(store.index.channels.max()))
+    refuse_labels(card, model)
+    starts = arms(model, card, beside)
+    folder = _free_folder(artifact.resolve(model), out, resume)
+    learnt = targets.labels(store, target) if settings is None else target_of(settings, store)
+    train, test = (rows[learnt.known[rows]] for rows in (store.rows("train"), store.rows("test")))
+    notes = _check_labels(store, learnt, train, test)
+    known = {arm.name: _seen(arm, store, test) for arm in starts}
     if strict:
         _refuse_leakage(known)
-    drawn, skipped = draws(store.patients(train), labels[train], wanted, range(seeds))
-    if not drawn:
-        raise DataError("no budget can be drawn\n" + "\n".join(f"{part.budget}: {part.why}" for part in skipped[:4]))
-
-    features = _embed_arms(model, card, store, (train, test), size or card.size, workers, seeds)
-    weights = bootstrap_weights(store.patients(test), replicates, BOOTSTRAP_SEED)
-    rows = comparison.compare(features, labels[train], labels[test], len(classes), drawn, weights, reference=RANDOM)
+    patients = len(np.unique(store.patients(train)))
+    wanted = parse(budgets or protocol.default_budgets(patients, masks=learnt.kind == "mask"))
+    shape = size or card.size
+    about = _protocol(card, store, shape, seeds, replicates)
+    if settings is None:
+        rows, skipped = _probed(starts, store, learnt, (train, test), wanted, seeds, replicates, shape, workers)
+        about |= {"k": probes.K, "temperature": probes.TEMPERATURE, "C": probes.C}
+    else:
+        rows, skipped = _fine_tuned(starts, store, settings, wanted, seeds, replicates, folder)
+        about |= {"recipe": settings.model_dump(mode="json")}
     result = EvaluateResult(
         model=str(model),
         data=str(data),
         out=str(folder),
-        target=target,
-        classes=classes,
+        target=learnt.name,
+        kind=learnt.kind,
+        classes=learnt.classes,
         test_patients=len(np.unique(store.patients(test))),
         test_images=len(test),
-        seen=known,
+        seen=known["pretrained"],
+        seen_by=known,
         rows=tuple(rows),
         skipped=tuple(skipped),
-        protocol=_protocol(card, store, size or card.size, seeds, replicates),
+        protocol=about,
         notes=tuple(notes),
-        next=_next(card, model, data),
+        next=_next(card, learnt, model, data),
     )
-    _write(folder, result)
+    write(folder, result)
     return result
+
+
+# The two ways to compare.
+
+
+def _probed(
+    starts: Sequence[Arm],
+    store: Store,
+    learnt: Target,
+    sides: tuple[Rows, Rows],
+    wanted: Sequence[protocol.Budget],
+    seeds: int,
+    replicates: int,
+    size: image_size.ImageSize,
+    workers: int,
+) -> tuple[list[Row], list[Skipped]]:
+    """Probes on frozen features.
+
+    Of random weights there is one network a draw: one alone would not do, as they differ (docs/label_efficiency.md, sd
+    at 100 %), and no bootstrap knows of it.
+    """
+    train, test = sides
+    labels = np.asarray(learnt.values)
+    drawn, skipped = draws(store.patients(train), labels[train], wanted, range(seeds), classes=learnt.classes)
+    if not drawn:
+        raise _nothing_drawn(skipped)
+    features: dict[str, list[Features]] = {}
+    for arm in starts:
+        for seed in range(seeds if arm.name == RANDOM else 1):
+            label = f"features of {arm.name}{f' {seed + 1}/{seeds}' if arm.name == RANDOM else ''}, batch"
+            features.setdefault(arm.name, []).append(_embed(arm, seed, store, sides, size, workers, label))
+    weights = bootstrap_weights(store.patients(test), replicates, BOOTSTRAP_SEED)
+    rows = comparison.compare(
+        features, labels[train], labels[test], len(learnt.classes), drawn, weights, reference=RANDOM
+    )
+    return rows, skipped
+
+
+def _fine_tuned(
+    starts: Sequence[Arm],
+    store: Store,
+    settings: FinetuneRecipe,
+    wanted: Sequence[protocol.Budget],
+    seeds: int,
+    replicates: int,
+    folder: Path,
+) -> tuple[list[Row], list[Skipped]]:
+    budgets, skipped = study.drawable(settings, store, wanted, seeds)
+    if not budgets:
+        raise _nothing_drawn(skipped)
+    rows: list[Row] = []
+    for budget in budgets:
+        runs = {
+            arm.name: [study.fine_tune(settings, store, Cell(arm, budget.text, seed), folder) for seed in range(seeds)]
+            for arm in starts
+        }
+        patients = artifact.read_card(runs[RANDOM][0]).data.patients
+        rows += study.compared(runs, budget.text, patients, replicates)
+    return rows, skipped
+
+
+def _embed(
+    arm: Arm, seed: int, store: Store, sides: tuple[Rows, Rows], size: image_size.ImageSize, workers: int, label: str
+) -> Features:
+    card = arm.card
+    policy, channels = artifact.policy(card), card.backbone.in_chans
+    try:
+        network = arm.network(size, seed)
+        network.to("cuda" if torch.cuda.is_available() else "cpu")
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the faster layout
+        loaders = (
+            plain_loader(store, rows, size, policy, channels=channels, slices=card.slices, workers=workers)
+            for rows in sides
+        )
+        return Features(*(probes.embed(network, loader, label) for loader in loaders))
+    except (AssertionError, RuntimeError) as error:  # a network of one input size
+        if size == card.size:
+            raise
+        raise UsageError(
+            f"{card.backbone.name} takes images of {image_size.in_words(card.size)} pixels; "
+            f"--size {image_size.in_words(size)}: {error}"
+        ) from error
+
+
+# What is checked.
+
+
+def _settings(
+    recipe: str | Path, overrides: Sequence[str], target: str | None, size: image_size.ImageSize | None, workers: int
+) -> FinetuneRecipe:
+    for name, given in (("--target", target), ("--size", size), ("--workers", workers or None)):
+        if given is not None:
+            raise UsageError(f"{name} is for probes; a recipe has data.{name[2:]}={given}")
+    return load_finetune(recipe, overrides)
 
 
 def _check_numbers(seeds: int, replicates: int, size: image_size.ImageSize | None, workers: int) -> None:
@@ -189,16 +233,7 @@ def _check_numbers(seeds: int, replicates: int, size: image_size.ImageSize | Non
             raise UsageError(f"--{name} is {given}; it must be at least {allowed}")
 
 
-def _check_fits(card: Card, store: Store) -> None:
-    artifact.check_fits(card, store.modality, int(store.index.channels.max()))
-    if card.head is not None:
-        raise DataError(
-            "this backbone was fine-tuned with labels, so that no probe of it has few labels.\n"
-            "Evaluate the pretrained artifact that it started from; the fine-tuning run holds its own test score."
-        )
-
-
-def _free_folder(found: Path, out: Path | str | None) -> Path:
+def _free_folder(found: Path, out: Path | str | None, resume: bool) -> Path:
     if out is not None:
         folder = Path(out)
     elif (found.parent / "run.json").is_file():
@@ -206,106 +241,63 @@ def _free_folder(found: Path, out: Path | str | None) -> Path:
     else:
         folder = found.with_name(f"{found.name}-evaluation")
     if folder.exists() or folder.is_symlink():
-        raise OutputExistsError(f"the output {folder} exists already; remove it, or give another --out")
+        unfinished = folder.is_dir() and (folder / study.RUNS).is_dir()
+        if not (resume and unfinished):
+            hint = ", go on with it by --resume" if unfinished else ""
+            raise OutputExistsError(f"the output {folder} exists already; remove it{hint}, or give another --out")
     return folder
 
 
-def _target(store: Store, name: str | None) -> str:
-    name = name or store.default_target()
-    if name is None:
-        raise DataError(
-            f"the store {store.path} has no labels, and probes need some; add them: "
-            f"sslmed label {shlex.quote(str(store.path))} --labels CSV"
-        )
-    return name
-
-
-def _check_labels(classes: tuple[str, ...], train: Rows, test: Rows) -> list[str]:
+def _check_labels(store: Store, learnt: Target, train: Rows, test: Rows) -> list[str]:
     """Refuse labels that no score can be made of; name the classes that a score leaves out."""
-    notes = []
-    for side, labels in (("train", train), ("test", test)):
-        present = np.unique(labels)
-        if len(present) < 2:
-            found = ", ".join(classes[label] for label in present) or "no label"
-            raise DataError(f"the {side} patients have {found}; probes need at least two classes in train and in test")
-        missing = [name for label, name in enumerate(classes) if label not in present]
-        if missing:
+    presence, notes = learnt.presence(), []
+    least = 2 if learnt.kind == "class" else 1
+    for side, rows in (("train", train), ("test", test)):
+        present = np.asarray(presence[rows].any(axis=0))
+        if present.sum() < least:
+            found = ", ".join(np.array(learnt.classes)[present]) or "no label"
+            raise DataError(
+                f"the {side} patients have {found}; {store.path} needs at least two classes in train and in test"
+            )
+        if missing := [name for name, there in zip(learnt.classes, present, strict=True) if not there]:
             notes.append(f"note: no {side} patient is {', '.join(missing)}")
     return notes
 
 
-def _refuse_leakage(known: int | None) -> None:
-    if known is None:
-        raise DataError(
-            "cannot tell whether test patients were seen in pretraining: their keys were made at another site, or it "
-            "started from a foreign weight file.\n"
-            "Ingest both stores with one --key, or leave --strict out."
-        )
-    if known:
-        raise DataError(
-            f"{known} test patients were seen in pretraining, so that their scores would flatter it.\n"
-            "Pretrain without them, evaluate other patients, or leave --strict out."
-        )
+def _seen(arm: Arm, store: Store, test: Rows) -> int | None:
+    if arm.artifact:
+        return artifact.patients_seen(arm.source, store, test)
+    return None if Path(arm.source).is_file() else 0
 
 
-def _embed_arms(
-    model: Path | str,
-    card: Card,
-    store: Store,
-    sides: tuple[Rows, Rows],
-    size: image_size.ImageSize,
-    workers: int,
-    seeds: int,
-) -> dict[str, list[Features]]:
-    """Features of the train and test images by the pretrained start, and by as many random ones as there are draws.
-
-    One random start would not do: they differ (docs/label_efficiency.md, sd at 100 %), and no bootstrap knows of it.
-    """
-    starts = [(PRETRAINED, artifact.load_backbone(model))]
-    starts += [(RANDOM, build(card.backbone, size, seed).network) for seed in range(seeds)]
-    features: dict[str, list[Features]] = {PRETRAINED: [], RANDOM: []}
-    for number, (arm, network) in enumerate(starts, start=1):
-        label = f"features of start {number}/{len(starts)} ({arm}), batch"
-        try:
-            features[arm].append(_embed(network, card, store, sides, size, workers, label))
-        except (AssertionError, RuntimeError) as error:  # a network of one input size
-            if size == card.size:
-                raise
-            raise UsageError(
-                f"{card.backbone.name} takes images of {image_size.in_words(card.size)} pixels; "
-                f"--size {image_size.in_words(size)}: {error}"
-            ) from error
-    return features
+def _refuse_leakage(known: dict[str, int | None]) -> None:
+    for name, seen in known.items():
+        if seen is None:
+            raise DataError(
+                f"cannot tell whether test patients were seen in pretraining ({name}): their keys were made at another "
+                "site, or it started from a foreign weight file.\n"
+                "Ingest both stores with one --key, or leave --strict out."
+            )
+        if seen:
+            raise DataError(
+                f"{seen} test patients were seen in pretraining ({name}), so that their scores would flatter it.\n"
+                "Pretrain without them, evaluate other patients, or leave --strict out."
+            )
 
 
-def _embed(
-    network: torch.nn.Module,
-    card: Card,
-    store: Store,
-    sides: tuple[Rows, Rows],
-    size: image_size.ImageSize,
-    workers: int,
-    label: str,
-) -> Features:
-    policy, channels = artifact.policy(card), card.backbone.in_chans
-    network.to("cuda" if torch.cuda.is_available() else "cpu")
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the faster layout for convolutions
-    loaders = (
-        plain_loader(store, rows, size, policy, channels=channels, slices=card.slices, workers=workers)
-        for rows in sides
-    )
-    return Features(*(probes.embed(network, loader, label) for loader in loaders))
+def _nothing_drawn(skipped: Sequence[Skipped]) -> DataError:
+    return DataError("no budget can be drawn\n" + "\n".join(f"{part.budget}: {part.why}" for part in skipped[:4]))
+
+
+# What is told.
 
 
 def _protocol(card: Card, store: Store, size: image_size.ImageSize, seeds: int, replicates: int) -> dict[str, Any]:
     return {
-        "k": probes.K,
-        "temperature": probes.TEMPERATURE,
-        "C": probes.C,
         "seeds": seeds,
         "replicates": replicates,
         "interval": "95 % percentile over replicates of the test patients of the mean over draws; differences paired",
-        "draws": "by patient, stratified by class, nested; at 100 % all draw the same patients",
+        "draws": "by patient, nested; of labels stratified by class; at 100 % all draw the same patients",
         "size": size,
         "random_starts": "one a draw, of the same seed",
         "backbone": card.backbone.model_dump(mode="json"),
@@ -315,31 +307,8 @@ def _protocol(card: Card, store: Store, size: image_size.ImageSize, seeds: int, 
     }
 
 
-def _next(card: Card, model: Path | str, data: Path | str) -> str:
-    fitting = [each.name for each in shipped() if each.name.startswith(f"{card.modality}/classification")]
+def _next(card: Card, learnt: Target, model: Path | str, data: Path | str) -> str:
+    task = "segmentation" if learnt.kind == "mask" else "classification"
+    fitting = [each.name for each in shipped() if each.name.startswith(f"{card.modality}/{task}")]
     recipe = fitting[0] if fitting else "RECIPE"
     return f"sslmed finetune {recipe} --data {shlex.quote(str(data))} --from {shlex.quote(str(model))} --out finetuned"
-
-
-def _write(folder: Path, result: EvaluateResult) -> None:
-    """Both files in one new folder, there whole or not at all."""
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
-    head = "\n".join(f"- {line}" for line in [*result.preamble(), *result.conditions()])
-    try:
-        partial.mkdir(parents=True)
-        write_json(partial / "evaluation.json", result.as_dict())
-        text = f"# Evaluation of {result.model}\n\n{head}\n\n{comparison.markdown(result.rows)}"
-        (partial / "evaluation.md").write_text(text, encoding="utf-8")
-        partial.rename(folder)
-    except OSError as error:
-        raise DiskError(f"cannot write {folder}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,42 +1,51 @@
-"""``sslmed predict``: a fine-tuned model and files it has never seen in, a CSV out."""
+"""``sslmed predict``: a fine-tuned model and files it has never seen in, a table, masks and heat maps out."""
 
-import csv
-from collections import Counter
+import shutil
+import uuid
+from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from pydantic import ValidationError
 
-from sslmed import artifact
-from sslmed.artifact import HeadCard
-from sslmed.config import DataError, MissingInputError, OutputExistsError
+from sslmed.config import DataError, DiskError, MissingInputError, OutputExistsError
 from sslmed.console import command, progress
 from sslmed.data import readers
-from sslmed.data.input import network_input
+from sslmed.data.intensity import Intensity
 from sslmed.data.scan import Scan
 from sslmed.data.sources.reading import Pool, Read, Refused, units
 from sslmed.data.views import Pixels
-from sslmed.durable import write_atomically
-from sslmed.heads import HEADS
-from sslmed.heads.head import Head
-from sslmed.models.backbones import Backbone
-
-BATCH = 32
+from sslmed.durable import PARTIAL
+from sslmed.supervised import answered as writing
+from sslmed.supervised.answered import Answered
+from sslmed.supervised.explained import heat_on
+from sslmed.supervised.model import Model, load
 
 
 @dataclass(frozen=True)
 class PredictResult:
-    """Finished predictions: lines written, the images, slices and frames that they rest on, (file, reason) skipped."""
+    """Finished predictions.
+
+    Attributes:
+        out: the table.
+        scans: lines of it.
+        images: the images, slices and frames that they rest on.
+        predicted: how many scans each class, finding or mask's class was called in.
+        unusual: files that look unlike what the model was trained on, or None where it cannot tell.
+        skipped: (file, reason).
+        masks, heat: folders, "" where there are none.
+    """
 
     out: str
     scans: int
     images: int
     predicted: dict[str, int]
+    unusual: tuple[str, ...] | None
     skipped: tuple[tuple[str, str], ...]
+    masks: str
+    heat: str
     next: str
 
     def lines(self) -> list[str]:
@@ -46,48 +55,46 @@ class PredictResult:
         skipped = [f"skipped {len(self.skipped)} files:", *shown] if self.skipped else []
         whole = f"{self.images} images"
         if self.scans != self.images:
-            whole = f"{self.scans} scans by the mean over their {self.images} images, slices and frames"
-        return [f"predicted {whole}: {counts}", *skipped, f"predictions: {self.out}"]
+            whole = f"{self.scans} scans by their {self.images} images, slices and frames"
+        where = [f"{name}: {path}" for name, path in (("masks", self.masks), ("heat maps", self.heat)) if path]
+        return [f"predicted {whole}: {counts}", *self._warnings(), *skipped, f"predictions: {self.out}", *where]
+
+    def _warnings(self) -> list[str]:
+        if not self.unusual:
+            return []
+        return [
+            f"warning: {len(self.unusual)} of {self.scans} scans look unlike the images that this model was trained on "
+            f"(such as {self.unusual[0]}): do not believe what it says of them. Column 'unusual' names them"
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """For programs."""
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """A scan as the modality accepts it, and the images that the network sees of it."""
+def predict(
+    model: str | Path,
+    source: str | Path,
+    out: str | Path,
+    *,
+    resample_tilt: bool = False,
+    tta: bool = False,
+    explain: bool = False,
+) -> PredictResult:
+    """Predict an image, or every image, volume and clip in a folder; ``out/predictions.csv`` gets a line each.
 
-    part: str
-    whole: Pixels
-    images: Iterator[Pixels]
-
-
-@dataclass
-class _Line:
-    """A line of the table: a scan, and the probabilities of its images, added up."""
-
-    file: str
-    part: str
-    images: int = 0
-    scores: Pixels = field(default_factory=lambda: np.zeros(()))
-
-    @property
-    def mean(self) -> Pixels:
-        return np.asarray(self.scores / self.images)
-
-
-def predict(model: str | Path, source: str | Path, out: str | Path, *, resample_tilt: bool = False) -> PredictResult:
-    """Classify an image, or every image, volume and clip in a folder; ``out/predictions.csv`` gets a line each.
-
-    A line has all probabilities; those of a volume or clip are the mean over its slices or frames. The DICOM files of a
-    series are one volume, where the modality reads volumes, under the name of the first.
+    Of classes and findings a line has calibrated probabilities; those of a volume or clip are the mean over its slices
+    or frames. Masks are written to ``out/masks`` under the names of their sources, volumes with the source's own grid.
+    The DICOM files of a series are one volume, where the modality reads volumes, under the name of the first.
 
     Args:
         model: a fine-tuning run or its artifact.
         source: a file or a folder.
         out: a new folder.
         resample_tilt: read series of a tilted gantry too, as ``ingest`` does with ``--resample-tilt``.
+        tta: test-time augmentation: the mean over the mirrorings and turns that training used, else over sizes.
+        explain: also write pictures to ``out/heat``: Grad-CAM of the likeliest class or finding, or masks on images; of
+            a volume the slice that shows most.
 
     Raises:
         MissingInputError: no model or no source.
@@ -95,102 +102,135 @@ def predict(model: str | Path, source: str | Path, out: str | Path, *, resample_
         OutputExistsError: ``out`` is there already.
     """
     source, out = Path(source), Path(out)
-    card = artifact.read_card(model)
-    if card.head is None:
-        raise DataError(f"{model} is a backbone without a head; run `sslmed finetune` on it first")
+    loaded = load(model)
     if not source.exists():
         raise MissingInputError(f"there is no file or folder at {source}")
     if out.exists():
         raise OutputExistsError(f"the output {out} exists already; give another --out")
-    head = _head(model, card.head)
     files = readers.find(source)
     if not files:
         raise DataError(f"{source} holds no image of a format that is read here: {', '.join(sorted(readers.SUFFIXES))}")
-    lines, skipped = _run(head, card, files, source if source.is_dir() else source.parent, resample_tilt)
-    if not lines:
-        raise DataError(
-            f"none of the {len(files)} files in {source} could be read; the first: {skipped[0][0]}: {skipped[0][1]}"
-        )
-    out.mkdir(parents=True)
-    _write(out / "predictions.csv", card.head.classes, lines)
-    counts = Counter(card.head.classes[int(line.mean.argmax())] for line in lines)
-    path, images = str(out / "predictions.csv"), sum(line.images for line in lines)
-    return PredictResult(path, len(lines), images, dict(counts), tuple(skipped), command("head", path))
-
-
-def _head(model: str | Path, about: HeadCard) -> Head:
+    root = source if source.is_dir() else source.parent
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    work = _Prediction(loaded.with_looks() if tta else loaded, root, partial, resample_tilt, explain)
     try:
-        kind = HEADS[about.name]
-        config = kind.Config.model_validate(about.config)
-    except (KeyError, ValidationError) as error:
-        raise DataError(f"{model} has a head '{about.name}' that this sslmed does not know; use a newer one") from error
-    head = kind(config, Backbone(artifact.load_backbone(model)), len(about.classes))
-    artifact.load_head(model, head.head)
-    return head.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        work.run(files)
+        if not work.lines:
+            first, reason = work.skipped[0]
+            raise DataError(f"none of the {len(files)} files in {source} could be read; the first: {first}: {reason}")
+        partial.mkdir(parents=True, exist_ok=True)
+        writing.write_table(partial / writing.TABLE, work.lines)
+        partial.rename(out)  # there whole or not at all
+    except OSError as error:
+        raise DiskError(f"cannot write {out}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return work.result(out)
 
 
-def _run(
-    head: Head, card: artifact.Card, files: list[Path], root: Path, resample_tilt: bool
-) -> tuple[list[_Line], list[tuple[str, str]]]:
-    """The scans, with files relative to ``root``, and the files that could not be read."""
-    policy = artifact.policy(card)
+class _Prediction:
+    """Scans on their way through the model. Images of several scans share a batch, so answers come in later."""
 
-    def seen_of(scan: Scan, pixels: Pixels) -> _Seen:
-        return _Seen(scan.part, pixels, _images(scan, pixels, card))
+    def __init__(self, model: Model, root: Path, out: Path, resample_tilt: bool, explain: bool) -> None:
+        self.model, self.root, self.out, self.explain = model, root, out, explain
+        self.resample_tilt = resample_tilt
+        self.lines: list[dict[str, Any]] = []
+        self.skipped: list[tuple[str, str]] = []
+        self.predicted: Counter[str] = Counter()
+        self.unusual: list[str] = []
+        self.images = 0
+        self._places: set[str] = set()
+        self._waiting: deque[tuple[Answered, Pixels, Intensity]] = deque()
+        self._shown: list[tuple[Pixels, Intensity]] = []  # of the scan whose answers come in, for its picture
 
-    read = Read(policy.name, seen_of, resample_tilt)
-    wanted, bad = units(files, policy, Pool(None, 0))
-    skipped = [(_name(path, root), reason) for path, reason in bad]
-    lines: list[_Line] = []
-    waiting: list[tuple[_Line, torch.Tensor]] = []
-    for unit in progress(wanted, len(wanted), "predict"):
-        for seen in read(unit):
-            name = _name(unit.paths[0], root)
-            if isinstance(seen, Refused):
-                skipped.append((_name(unit.paths[seen.at], root), seen.reason))
-                continue
-            intensity = policy.intensity(seen.whole)
-            lines.append(_Line(name, seen.part))
-            for image in seen.images:
-                tensor = network_input(image, intensity, policy, card.size, card.backbone.in_chans)
-                waiting.append((lines[-1], tensor))
-                if len(waiting) == BATCH:
-                    _score(head, waiting)
-    _score(head, waiting)
-    return lines, sorted(skipped)
+    def run(self, files: list[Path]) -> None:
+        """Every scan of the files; those that cannot be used are in ``skipped``."""
+        known = self.model.familiarity
+        for answer in self.model.applied(self._images(files)):
+            scan, pixels, intensity = self._waiting.popleft()
+            distance = 0.0 if known is None else float(known.distance(answer.appearance[None])[0]) / known.limit
+            scan.add(answer, distance)
+            if self.explain:
+                self._shown.append((pixels, intensity))
+            if scan.complete:
+                self._finish(scan)
+                self._shown.clear()
+        self.skipped.sort()
+
+    def result(self, out: Path) -> PredictResult:
+        """What it came to, now that it lies in ``out``."""
+        masks, heat, table = out / writing.MASKS, out / writing.HEAT, str(out / writing.TABLE)
+        return PredictResult(
+            table,
+            len(self.lines),
+            self.images,
+            {name: self.predicted[name] for name in self.model.about.classes if self.predicted[name]},
+            None if self.model.familiarity is None else tuple(self.unusual),
+            tuple(self.skipped),
+            str(masks) if masks.is_dir() else "",
+            str(heat) if heat.is_dir() else "",
+            command("head", table),
+        )
+
+    def _images(self, files: list[Path]) -> Iterator[tuple[Pixels, Intensity]]:
+        policy = self.model.applied.policy
+        read = Read(policy.name, self._accepted, self.resample_tilt)
+        wanted, bad = units(files, policy, Pool(None, 0))
+        self.skipped += [(self._name(path), reason) for path, reason in bad]
+        for unit in progress(wanted, len(wanted), "predict"):
+            for seen in read(unit):
+                if isinstance(seen, Refused):
+                    self.skipped.append((self._name(unit.paths[seen.at]), seen.reason))
+                    continue
+                scan, whole, images = seen
+                intensity = policy.intensity(whole)
+                depth = 1 if scan.kind == "image" else len(whole)
+                name = self._name(unit.paths[0])
+                line = Answered(name, scan, depth, writing.place(name, scan.part, self._places))
+                for image in images:
+                    self._waiting.append((line, image, intensity))
+                    yield image, intensity
+
+    def _accepted(self, scan: Scan, pixels: Pixels) -> tuple[Scan, Pixels, Iterator[Pixels]]:
+        """The scan as the modality accepts it, and the images that the network sees of it."""
+        card, applied = self.model.card, self.model.applied
+        in_colour = pixels.ndim == (3 if scan.kind == "image" else 4)
+        if in_colour and card.backbone.in_chans < 3:
+            raise DataError(f"is in colour, but the model was trained on {card.backbone.in_chans}-channel images")
+        applied.check_covers(pixels.shape[:2] if scan.kind == "image" else pixels.shape[1:3])
+        return scan, pixels, _slices(scan, pixels, card.slices)
+
+    def _finish(self, scan: Answered) -> None:
+        about = self.model.about
+        self.lines.append(writing.line(scan, self.model))
+        self.images += scan.images
+        if scan.unusual > 1:
+            self.unusual.append(scan.name)
+        if about.kind == "mask":
+            writing.write_mask(self.out, scan, about.values)
+            shown = np.unique(np.concatenate([labels.ravel() for labels in scan.labels]))
+            self.predicted.update(about.classes[label] for label in shown if label)
+        else:
+            self.predicted.update(self.model.called(scan.mean))
+        if self.explain:
+            writing.write_overlay(self.out, scan, self._picture(scan))
+
+    def _picture(self, scan: Answered) -> Pixels:
+        if self.model.about.kind == "mask":
+            most = int(np.argmax([(labels > 0).sum() for labels in scan.labels]))
+            return writing.labels_on(*self._shown[most], scan.labels[most])
+        label = int(scan.mean.argmax())
+        most = int(np.argmax([scores[label] for scores in scan.scores]))
+        return heat_on(self.model, *self._shown[most], label)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
 
 
-def _name(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
-
-
-def _images(scan: Scan, pixels: Pixels, card: artifact.Card) -> Iterator[Pixels]:
+def _slices(scan: Scan, pixels: Pixels, slices: int) -> Iterator[Pixels]:
     """What the network sees of a scan, one after another: an image, or each slice or frame with its neighbours."""
-    in_colour = pixels.ndim == (3 if scan.kind == "image" else 4)
-    if in_colour and card.backbone.in_chans < 3:
-        raise DataError(f"is in colour, but the model was trained on {card.backbone.in_chans}-channel images")
     if scan.kind == "image":
-        return iter([pixels if card.slices == 1 else np.repeat(pixels[..., None], card.slices, axis=2)])
-    around = np.arange(card.slices) - card.slices // 2
+        return iter([pixels if slices == 1 else np.repeat(pixels[..., None], slices, axis=2)])
+    around = np.arange(slices) - slices // 2
     places = (np.clip(number + around, 0, len(pixels) - 1) for number in range(len(pixels)))
-    return (pixels[place[0]] if card.slices == 1 else np.moveaxis(pixels[place], 0, -1) for place in places)
-
-
-def _score(head: Head, waiting: list[tuple[_Line, torch.Tensor]]) -> None:
-    """Add the probabilities of the images that wait to their lines."""
-    if not waiting:
-        return
-    with torch.inference_mode():
-        scores = head(torch.stack([image for _, image in waiting]).to(next(head.parameters()).device))
-    for (line, _), each in zip(waiting, scores.double().cpu().numpy(), strict=True):
-        line.scores, line.images = line.scores + each, line.images + 1
-    waiting.clear()
-
-
-def _write(path: Path, classes: tuple[str, ...], lines: list[_Line]) -> None:
-    with write_atomically(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "part", "images", "predicted", *(f"probability:{name}" for name in classes)])
-        for line in lines:
-            values = [f"{value:.6f}" for value in line.mean]
-            writer.writerow([line.file, line.part, line.images, classes[int(line.mean.argmax())], *values])
+    return (pixels[place[0]] if slices == 1 else np.moveaxis(pixels[place], 0, -1) for place in places)

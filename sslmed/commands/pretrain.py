@@ -12,10 +12,12 @@ from sslmed.config import DataError, UsageError
 from sslmed.console import command
 from sslmed.data import modality
 from sslmed.data.input import check_channels, open_store
-from sslmed.data.loading import Rows, ViewDataset, plain_loader, steps_per_epoch
+from sslmed.data.loading import ViewDataset, plain_loader
 from sslmed.data.modality import Modality
 from sslmed.data.positives import Positives
+from sslmed.data.sampling import Rows, steps_per_epoch
 from sslmed.data.store import Store
+from sslmed.data.targets import one_label
 from sslmed.evaluation import metrics, probes
 from sslmed.methods import METHODS
 from sslmed.methods.method import Method
@@ -242,7 +244,7 @@ def _worded(settings: PretrainRecipe, kind: Kind) -> PretrainRecipe:
 
 def _probe(network: nn.Module, settings: PretrainRecipe, store: Store) -> Callable[[], dict[str, float]] | None:
     """A nearest-neighbour score on val patients, or nothing when there are no labels."""
-    name = settings.data.target or store.default_target()
+    name = one_label(store, settings.data.target, "the probe of pretraining")
     if name is None or not settings.monitor.knn_every:
         return None
     target, policy = store.target(name), _policy(settings, store)

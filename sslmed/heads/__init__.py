@@ -6,5 +6,6 @@ torchvision_ops.mend()
 
 from sslmed.heads.classification import Classification
 from sslmed.heads.head import Head
+from sslmed.heads.segmentation import Segmentation
 
-HEADS: dict[str, type[Head]] = {"classification": Classification}
+HEADS: dict[str, type[Head]] = {"classification": Classification, "segmentation": Segmentation}

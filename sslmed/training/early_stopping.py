@@ -10,6 +10,7 @@ from pydantic import Field
 
 from sslmed.config import Config
 from sslmed.run import Run
+from sslmed.training.averaging import WeightAverage
 
 
 class StopConfig(Config):
@@ -25,10 +26,16 @@ class StopConfig(Config):
 
 
 class EarlyStopping(pl.Callback):
-    """Calls ``score`` every ``check_every`` steps and at the end. Its state, best weights included, is checkpointed."""
+    """Calls ``score`` every ``check_every`` steps and at the end. Its state, best weights included, is checkpointed.
 
-    def __init__(self, config: StopConfig, run: Run, name: str, score: Callable[[], float]) -> None:
+    ``average`` is what is scored and kept where it averages anything; it must come before among the callbacks.
+    """
+
+    def __init__(
+        self, config: StopConfig, run: Run, name: str, score: Callable[[], float], average: WeightAverage | None = None
+    ) -> None:
         self.config, self.run, self.name, self.score = config, run, name, score
+        self.average = average or WeightAverage(0)
         self.best, self.best_step, self.worse = -math.inf, 0, 0
         self.weights: dict[str, torch.Tensor] = {}
 
@@ -48,13 +55,8 @@ class EarlyStopping(pl.Callback):
             return
         if step % self.config.check_every and step != trainer.max_steps:
             return
-        score = self.score()
-        self.run.log(step, **{f"val_{self.name}": score})
-        if score > self.best:
-            self.best, self.best_step, self.worse = score, step, 0
-            self.weights = {name: tensor.detach().cpu().clone() for name, tensor in pl_module.state_dict().items()}
-        else:
-            self.worse += 1
+        with self.average.applied(pl_module):
+            self._check(step, pl_module)
         self._stop_if_due(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -67,6 +69,15 @@ class EarlyStopping(pl.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.best_step, self.worse = state["best"], state["best_step"], state["worse"]
         self.weights = state["weights"]
+
+    def _check(self, step: int, module: pl.LightningModule) -> None:
+        score = self.score()
+        self.run.log(step, **{f"val_{self.name}": score})
+        if score > self.best:
+            self.best, self.best_step, self.worse = score, step, 0
+            self.weights = {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+        else:
+            self.worse += 1
 
     def _stop_if_due(self, trainer: pl.Trainer) -> None:
         if self.config.patience and self.worse >= self.config.patience:

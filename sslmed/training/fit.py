@@ -9,7 +9,8 @@ import pytorch_lightning as pl
 import torch
 
 from sslmed import distributed
-from sslmed.data.loading import Rows, StreamSampler, ViewDataset, steps_per_epoch, stream_loader
+from sslmed.data.loading import ViewDataset, stream_loader
+from sslmed.data.sampling import Rows, StreamSampler, steps_per_epoch
 from sslmed.keyed_rng import key
 from sslmed.optim import OptimConfig
 from sslmed.run import Run
@@ -46,8 +47,12 @@ def fit(
     *,
     workers: int,
     callbacks: Sequence[pl.Callback] = (),
+    strata: Rows | None = None,
 ) -> Fitted:
     """Train ``module`` on ``rows`` to the end, from the run's checkpoint if it has one.
+
+    Args:
+        strata: (rows,) numbers; each is met equally often. None takes all rows alike.
 
     Raises:
         TrainingAborted: non-finite loss, or what a monitor was told to stop at.
@@ -68,6 +73,7 @@ def fit(
         start=done * train.accumulate,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
+        strata=strata,
     )
     keeper = Checkpointer(run.checkpoint, train.save_every_steps, monitor.check_finite)
     trainer = build_trainer(train, total, [monitor, *callbacks, keeper])

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from pytorch_lightning.plugins.environments import LightningEnvironment  # type: ignore[attr-defined]
 
 from sslmed.config import Config
-from sslmed.data.loading import steps_per_epoch
+from sslmed.data.sampling import steps_per_epoch
 from sslmed.training.checkpoint import DurableCheckpointIO
 
 DEFAULT_EPOCHS = 100
@@ -65,7 +65,7 @@ class TrainConfig(Config):
 def build_trainer(config: TrainConfig, total_steps: int, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
     """A Trainer that does nothing by itself: no logger, bar, validation or checkpoint but ours.
 
-    The whole training is one Lightning epoch, because our stream of batches has no seams (see ``data.loading``).
+    The whole training is one Lightning epoch, because our stream of batches has no seams (see ``data.sampling``).
     """
     silence()
     return pl.Trainer(

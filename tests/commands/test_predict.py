@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sslmed.commands import predict as predicting
 from sslmed.commands.finetune import FinetuneResult
 from sslmed.commands.predict import predict
 from sslmed.commands.pretrain import PretrainResult
@@ -15,6 +14,8 @@ from sslmed.config import DataError, MissingInputError, OutputExistsError
 from sslmed.data.readers import find, read
 from sslmed.data.writers import write_image
 from sslmed.evaluation import predictions
+from sslmed.supervised import applying
+from sslmed.supervised.model import load
 
 Table = list[dict[str, str]]
 
@@ -32,17 +33,21 @@ def predicted(tuned: FinetuneResult, phantom_images: Path, tmp_path_factory: pyt
     return out / "predictions.csv"
 
 
-def test_the_table(predicted: Path, phantom_images: Path) -> None:
+def test_the_table(predicted: Path, tuned: FinetuneResult, phantom_images: Path) -> None:
     rows = table(predicted)
-    assert list(rows[0]) == ["file", "part", "images", "predicted", "probability:clear", "probability:nodule"]
+    probabilities = ["probability:clear", "probability:nodule"]
+    assert list(rows[0]) == ["file", "part", "images", "predicted", *probabilities, "unlikeness", "unusual"]
     assert {(row["part"], row["images"]) for row in rows} == {("", "1")}
     readable = [path for path in find(phantom_images) if "broken" not in path.name]
     assert [row["file"] for row in rows] == [path.relative_to(phantom_images).as_posix() for path in readable]
-    assert len(rows) > predicting.BATCH  # several batches
+    assert len(rows) > applying.BATCH  # several batches
+    cut = load(tuned.run).about.thresholds
+    assert cut is not None
     for row in rows:
         clear, nodule = float(row["probability:clear"]), float(row["probability:nodule"])
         assert clear + nodule == pytest.approx(1, abs=2e-6)
-        assert row["predicted"] == ("clear" if clear >= nodule else "nodule")
+        if abs(nodule - cut[1]) > 1e-5:  # the table has six digits
+            assert row["predicted"] == ("nodule" if nodule >= cut[1] else "clear")
     assert [path.name for path in predicted.parent.iterdir()] == ["predictions.csv"]
 
 
@@ -101,7 +106,7 @@ def test_the_batch_size_changes_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(predicting, "BATCH", batch)
+    monkeypatch.setattr(applying, "BATCH", batch)
     source = tmp_path / "images"
     source.mkdir()
     for path in find(phantom_images / "images")[:5]:

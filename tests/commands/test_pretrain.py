@@ -319,6 +319,7 @@ def test_colour_and_grey_through_a_colour_network(
         (["backbone.name=resnet81"], "no model named 'resnet81'"),
         (["views.vflip=0.5"], r"views\.vflip.*xray"),
         (["data.target=colour"], "colour"),
+        (["data.target=[finding, age]"], r"is \[finding, age\], but the probe .* one label; give data\.target=finding"),
         (["train.epoch=3"], "did you mean 'epochs'"),
         (["backbone.init=imagnet"], r"'backbone\.init' is imagnet.*allowed: random, imagenet"),
     ],

@@ -1,75 +1,270 @@
-"""What every entry of HEADS must do."""
+"""What every entry of HEADS must do, with every kind of target that it learns."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from torch.utils.data import DataLoader
 
+from sslmed import recipe
+from sslmed.config import UsageError
+from sslmed.data.loading import Batch
+from sslmed.evaluation import overlap
 from sslmed.evaluation.metrics import METRICS
 from sslmed.heads import HEADS
 from sslmed.heads.head import Head
 from sslmed.models.backbones import BackboneConfig, build
 from sslmed.optim import OptimConfig
+from sslmed.training.trainer import TrainConfig, build_trainer
 
-every_head = pytest.mark.parametrize("name", HEADS)
-
-
-def small(name: str, classes: int = 3, **settings: object) -> Head:
-    torch.manual_seed(0)
-    kind = HEADS[name]
-    return kind(kind.Config(name=name, **settings), build(BackboneConfig(name="test_resnet"), 32, 0), classes)
-
-
-@pytest.fixture
-def images() -> torch.Tensor:
-    return torch.randn(9, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+EVERY = [(name, kind) for name, head in HEADS.items() for kind in head.kinds]
+every_head = pytest.mark.parametrize(("name", "kind"), EVERY)
+CLASSES, SIDE, SCANS = 3, 32, 8
+VOID = 255
+SETTINGS = {"frozen": 2, "probe_steps": 3, "layer_decay": 0.7, "ema": 0.99}  # every head has them
 
 
-TARGET = torch.arange(9) % 3
+def small(name: str, kind: str, network: str = "test_resnet", seed: int = 0, **settings: object) -> Head:
+    """A tiny head; its last layer moved from zero, so that what comes before it has a gradient at once."""
+    torch.manual_seed(seed)
+    chosen = HEADS[name]
+    head = chosen(chosen.Config(**settings), build(BackboneConfig(name=network), SIDE, 0), CLASSES, kind)
+    with torch.no_grad():
+        for parameter in head.head.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape)
+    return head
+
+
+def batch_of(kind: str) -> Batch:
+    """Eight images that show their target, if faintly: a column is brighter, or a square is."""
+    stream = torch.Generator().manual_seed(0)
+    images = torch.randn(SCANS, 1, SIDE, SIDE, generator=stream)
+    number = torch.arange(SCANS) % CLASSES
+    if kind == "class":
+        target = number
+    elif kind == "findings":
+        target = torch.stack([number == 1, number == 2, number > 0], dim=1).long()
+        target[0, 2] = -1
+    else:
+        target = torch.zeros(SCANS, SIDE, SIDE, dtype=torch.int64)
+        for image, mask, which in zip(images, target, number.tolist(), strict=True):
+            mask[8:24, 8:24] = which
+            image[0] += 2.0 * mask
+            mask[:2] = VOID
+    ids = torch.arange(SCANS)
+    return Batch([images], target, ids, ids, seed=0, epoch=0)
+
+
+def outputs(head: Head) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and probabilities of the eight images, in evaluation mode."""
+    features = head.eval().features(batch_of(head.kind).views[0])
+    return head.logits(features), head.predict(features)
+
+
+def train(
+    head: Head, steps: int, callbacks: Sequence[pl.Callback] = (), **optim: Any
+) -> tuple[pl.Trainer, dict[str, torch.Tensor]]:
+    """Through Lightning, the same batch in every step; and the backbone's tensors from before."""
+    before = {key: value.clone() for key, value in head.backbone.state_dict().items()}
+    trainer = build_trainer(TrainConfig(max_steps=steps, precision=32, devices="cpu"), steps, callbacks)
+    head.prepare(OptimConfig(**({"lr": 1e-2, "warmup": 0} | optim)), SCANS, steps, 1)
+    trainer.fit(
+        head.train(), DataLoader([batch_of(head.kind)] * steps, batch_size=None, collate_fn=lambda batch: batch)
+    )
+    return trainer, before
+
+
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    """Names of the tensors that are no longer the same, bit for bit."""
+    return {key for key in before if not torch.equal(before[key], after[key])}
 
 
 @every_head
-def test_predictions_are_probabilities(name: str, images: torch.Tensor) -> None:
-    scores = small(name).eval()(images)
-    assert scores.shape == (9, 3)
-    torch.testing.assert_close(scores.sum(dim=1), torch.ones(9))
-    assert (scores >= 0).all()
+@pytest.mark.parametrize("network", ["test_resnet", "test_vit"])
+def test_logits_and_probabilities(name: str, kind: str, network: str) -> None:
+    head = small(name, kind, network)
+    logits, scores = outputs(head)
+    assert logits.shape == scores.shape == ((SCANS, CLASSES, SIDE, SIDE) if kind == "mask" else (SCANS, CLASSES))
+    assert ((scores >= 0) & (scores <= 1)).all()
+    if kind != "findings":
+        torch.testing.assert_close(scores.sum(dim=1), torch.ones_like(scores[:, 0]))
+    assert torch.equal(head(batch_of(kind).views[0]), scores)
+    head.temperature = 2.0
+    softer = outputs(head)[1]
+    torch.testing.assert_close(softer, (logits / 2).sigmoid() if kind == "findings" else (logits / 2).softmax(dim=1))
 
 
 @every_head
-def test_it_overfits_nine_images(name: str, images: torch.Tensor) -> None:
-    head = small(name)
-    optimizer = torch.optim.AdamW(head.parameter_groups(0.0), lr=1e-3)
+def test_it_overfits_eight_images(name: str, kind: str) -> None:
+    head, batch = small(name, kind).train(), batch_of(kind)
+    optimizer = torch.optim.AdamW(head.parameter_groups(0.0), lr=3e-3)
     losses = []
     for _ in range(60):
-        loss = head.loss(head.backbone(images), TARGET)
+        loss = head.loss(head.features(batch.views[0]), batch.target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.1 * losses[0]
-    assert all(value.grad is not None and value.grad.any() for value in head.parameters())
+    assert losses[-1] < 0.15 * losses[0]
+    without = [key for key, value in head.named_parameters() if value.grad is None or not value.grad.any()]
+    assert not without
 
 
 @every_head
-def test_a_frozen_backbone_does_not_move(name: str, images: torch.Tensor) -> None:
-    head = small(name, train_backbone=False).train()
-    before = {key: value.clone() for key, value in head.backbone.state_dict().items()}
-    head.prepare(OptimConfig(lr=0.1, warmup=0), 9, 10, 1)
+@pytest.mark.parametrize("network", ["test_resnet", "test_vit"])
+def test_a_frozen_backbone_does_not_move(name: str, kind: str, network: str) -> None:
+    head = small(name, kind, network, frozen="all")
+    head_before = {key: value.clone() for key, value in head.head.state_dict().items()}
+    _, before = train(head, 3, weight_decay=0.1)
+    assert not moved(before, head.backbone.state_dict()), "weights, BatchNorm statistics and counters"
+    assert moved(head_before, head.head.state_dict())
+    groups = head.parameter_groups(0.1)
+    own = {id(parameter) for parameter in head.head.parameters()}
+    assert {id(parameter) for group in groups for parameter in group["params"]} == own
+
+
+@every_head
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+def test_the_first_layers_can_stay(name: str, kind: str, layer_decay: float) -> None:
+    head = small(name, kind, frozen=2, layer_decay=layer_decay)
+    number, depth = head.backbone.layers()
+    assert depth > 2
+    _, before = train(head, 3)
+    changed = moved(before, head.backbone.state_dict())
+    first = {f"network.{key}" for key, layer in number.items() if layer < 2}
+    assert first
+    assert not changed & first
+    assert {f"network.{key}" for key, layer in number.items() if layer >= 2} <= changed
+    statistics = {key for key in before if "running" in key or "tracked" in key}
+    owners = {key.rpartition(".")[0] for key in first}
+    assert {key for key in statistics if key not in changed} == {
+        key for key in statistics if key.rpartition(".")[0] in owners
+    }
+
+
+class Watch(pl.Callback):
+    """Rates of the head's and the backbone's groups as each step uses them, and the backbone after it."""
+
+    def __init__(self) -> None:
+        self.rates: list[tuple[float, float]] = []
+        self.backbone: list[dict[str, torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        own = {id(parameter) for parameter in pl_module.head.parameters()}
+        found: dict[bool, set[float]] = {True: set(), False: set()}
+        for group in optimizer.param_groups:
+            found[id(group["params"][0]) in own].add(group["lr"])
+        ((head,), (backbone,)) = found[True], found[False]
+        self.rates.append((head, backbone))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.backbone.append({key: value.clone() for key, value in pl_module.backbone.state_dict().items()})
+
+
+@every_head
+def test_the_backbone_begins_after_the_probe_with_its_own_warm_up(name: str, kind: str) -> None:
+    head, watch = small(name, kind, probe_steps=4), Watch()
+    _, before = train(head, 14, [watch], lr=0.01, warmup=0.2, weight_decay=0.1)
+    assert not moved(before, watch.backbone[3])
+    weights = {f"network.{key}" for key, _ in head.backbone.network.named_parameters()}
+    assert not moved(before, watch.backbone[4]) & weights, "the first step of a warm-up has a rate of 0"
+    assert weights & moved(before, watch.backbone[5])
+    assert weights <= moved(before, watch.backbone[7]), "timm starts residual branches at zero; one step opens them"
+    heads, backbones = zip(*watch.rates, strict=True)
+    assert backbones[:6] == pytest.approx([0, 0, 0, 0, 0, 0.005])
+    assert backbones[6] == 0.01
+    assert heads[:4] == pytest.approx([0, 0.01 / 3, 0.02 / 3, 0.01])
+
+
+@every_head
+def test_a_probe_that_never_ends_is_refused(name: str, kind: str) -> None:
+    with pytest.raises(UsageError, match="probe_steps is 10, of 10 steps"):
+        small(name, kind, probe_steps=10).prepare(OptimConfig(), SCANS, 10, 1)
+    small(name, kind, probe_steps=10, frozen="all").prepare(OptimConfig(), SCANS, 10, 1)
+
+
+@every_head
+@pytest.mark.parametrize("network", ["test_resnet", "test_vit"])
+def test_the_rate_of_every_layer(name: str, kind: str, network: str) -> None:
+    decay, lr = 0.7, 1e-3
+    head = small(name, kind, network, layer_decay=decay)
+    head.prepare(OptimConfig(lr=lr, warmup=0, weight_decay=0.05), SCANS, 10, 1)
     optimizer = head.configure_optimizers()["optimizer"]
-    head.loss(head._features(images), TARGET).backward()
-    optimizer.step()
-    after = head.backbone.state_dict()
-    assert all(torch.equal(before[key], after[key]) for key in before), "weights and BatchNorm statistics"
-    assert any(value.grad is not None and value.grad.any() for value in head.head.parameters())
+    found = {id(value): group for group in optimizer.param_groups for value in group["params"]}
+    assert len(found) == sum(len(group["params"]) for group in optimizer.param_groups)
+    number, depth = head.backbone.layers()
+    for key, parameter in head.backbone.network.named_parameters():
+        assert found[id(parameter)]["lr"] == lr * decay ** (depth - number[key])
+    for parameter in head.head.parameters():
+        assert found[id(parameter)]["lr"] == lr
+    for parameter in head.parameters():
+        assert found[id(parameter)]["weight_decay"] == (0.05 if parameter.ndim > 1 else 0.0)
+    assert max(number.values()) <= depth
+    assert min(number.values()) == 0
 
 
 @every_head
-def test_half_precision_loss_is_fp32(name: str, images: torch.Tensor) -> None:
-    head = small(name)
+def test_half_precision_loss_and_probabilities_are_fp32(name: str, kind: str) -> None:
+    head, batch = small(name, kind), batch_of(kind)
     with torch.autocast("cpu", torch.bfloat16):
-        assert head.loss(head.backbone(images), TARGET).dtype == torch.float32
-        assert head(images).dtype == torch.float32
+        features = head.features(batch.views[0])
+        assert head.logits(features).dtype == torch.float32
+        assert head.loss(features, batch.target).dtype == torch.float32
+        assert head.predict(features).dtype == torch.float32
+        assert torch.isfinite(head.loss(features, batch.target))
 
 
 @every_head
-def test_its_metrics_exist(name: str) -> None:
-    assert set(small(name).metrics()) <= set(METRICS)
+def test_saved_and_loaded_it_says_the_same(name: str, kind: str) -> None:
+    head, other = small(name, kind), small(name, kind, seed=1)
+    train(head, 2)
+    assert not torch.equal(outputs(head)[0], outputs(other)[0])
+    other.backbone.load_state_dict(head.backbone.state_dict())
+    other.head.load_state_dict(head.head.state_dict())
+    assert torch.equal(outputs(head)[0], outputs(other)[0])
+    assert head.state_dict().keys() == {f"backbone.{key}" for key in head.backbone.state_dict()} | {
+        f"head.{key}" for key in head.head.state_dict()
+    }
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("settings", [{}, SETTINGS, {"frozen": "all"}])
+def test_its_settings_survive_a_recipe(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    written = ", ".join(f"{key}: {value}" for key, value in {"name": name, **settings}.items())
+    path.write_text(f"head: {{{written}}}\n")
+    first = recipe.load_finetune(path)
+    assert first.head == HEADS[name].Config(**settings)
+    path.write_text(recipe.dump(first))
+    assert recipe.load_finetune(path) == first
+
+
+@every_head
+def test_its_metrics_exist_and_the_first_is_better_when_larger(name: str, kind: str) -> None:
+    names = small(name, kind).metrics()
+    known = overlap.measures(("background", "one", "two")) if kind == "mask" else METRICS
+    assert set(names) <= set(known)
+    assert names[0] == ("dice" if kind == "mask" else "auroc")
+
+
+@every_head
+def test_what_it_says_of_a_whole_image(name: str, kind: str) -> None:
+    head = small(name, kind).eval()
+    features = head.features(batch_of(kind).views[0])
+    described = head.describe(features)
+    assert described.shape == (SCANS, head.backbone.levels[-1].channels)
+    if kind == "mask":
+        torch.testing.assert_close(described[3], features[-1][3].flatten(1).mean(dim=1))
+    else:
+        assert torch.equal(described, features)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_another_kind_of_target_is_refused(name: str) -> None:
+    kinds = HEADS[name].kinds
+    other = next(each for each in ("class", "findings", "mask") if each not in kinds)
+    with pytest.raises(UsageError, match=f"{name} learns {' or '.join(kinds)}, not {other}"):
+        small(name, other)

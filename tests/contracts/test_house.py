@@ -19,6 +19,7 @@ FLOORS = [
     {"evaluation", "artifact", "run"},
     {"methods", "heads", "training"},
     {"recipe"},
+    {"supervised"},
     {"commands"},
     {"cli"},
 ]
@@ -39,12 +40,12 @@ DOORS = {
     "gdcm": ["data/readers/"],
     "nibabel": ["data/readers/", "data/writers.py"],
     "tifffile": ["data/readers/", "data/writers.py"],
-    "safetensors": ["models/weights.py", "artifact.py"],
+    "safetensors": ["models/weights.py", "artifact/"],
     "torchmetrics": ["evaluation/metrics.py"],
     "lightly": ["methods/"],
     "yaml": ["recipe.py"],
     "pytorch_lightning": ["methods/method.py", "heads/head.py", "data/loading.py", "training/"],
-    "typer": ["cli.py"],
+    "typer": ["cli/"],
     "matplotlib": ["data/previews/panels.py"],
 }
 FORBIDDEN_NAMES = {"utils", "core", "common", "helpers", "registry", "constants", "types"}

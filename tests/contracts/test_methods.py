@@ -7,8 +7,9 @@ import ranks
 import torch
 
 from sslmed import recipe
-from sslmed.data.loading import Batch, StreamSampler, ViewDataset, stream_loader
+from sslmed.data.loading import Batch, ViewDataset, stream_loader
 from sslmed.data.modality import MODALITIES
+from sslmed.data.sampling import StreamSampler
 from sslmed.data.store import Store
 from sslmed.methods import METHODS
 from sslmed.methods.method import Method, Progress

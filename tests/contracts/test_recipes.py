@@ -9,7 +9,8 @@ from sslmed.commands.finetune import finetune
 from sslmed.commands.ingest import ingest
 from sslmed.commands.pretrain import pretrain
 from sslmed.data.modality import MODALITIES
-from sslmed.data.phantom_scans import write_scans
+from sslmed.data.phantom_scans import PhantomScans, write_scans
+from sslmed.data.phantoms import Phantoms, write_phantoms
 from sslmed.data.store import Store
 from sslmed.recipe import PretrainRecipe, dump, load
 from sslmed.shipped import Shipped, shipped
@@ -39,33 +40,47 @@ def test_a_shipped_recipe(recipe: Shipped, tmp_path: Path) -> None:
     assert load(copy) == loaded
 
 
+class Stores:
+    """A store of each modality's own phantoms, labelled and with masks; made when first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, modality: str) -> Path:
+        path = self.folder / modality / "store"
+        if not path.exists():
+            drawn: Phantoms | PhantomScans
+            if modality == "xray":
+                drawn = write_phantoms(self.folder / modality / "raw", patients=40, masks=True)
+            else:
+                drawn = write_scans(self.folder / modality / "raw", modality, masks=True)
+            result = ingest(drawn.folder, path, modality=modality, labels=drawn.labels, masks=drawn.masks)
+            assert result.scans == (drawn.images if isinstance(drawn, Phantoms) else drawn.scans)
+            labelled = [count for name, count in result.labels["finding"].items() if name != "(blank)"]
+            assert result.masks == sum(labelled), "whatever has a label has a mask"
+            assert {problem.code for problem in result.problems} <= {"image_without_mask"}
+        return path
+
+
 @pytest.fixture(scope="module")
-def stores(phantom_store: Store, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A store of each modality's own phantoms."""
-    found = {"xray": phantom_store.path}
-    for name in MODALITIES.keys() - found.keys():
-        folder = tmp_path_factory.mktemp(name)
-        drawn = write_scans(folder / "raw", name)
-        found[name] = folder / "store"
-        result = ingest(drawn.folder, found[name], modality=name, labels=drawn.labels)
-        assert result.scans == drawn.scans, [skipped.reason for skipped in result.skipped]
-    return found
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Stores:
+    return Stores(tmp_path_factory.mktemp("stores"))
 
 
 @pytest.mark.parametrize("name", MODALITIES)
 def test_every_modality_has_the_recipes_that_commands_point_to(name: str) -> None:
-    assert {f"{name}/simclr_resnet18", f"{name}/classification"} <= {recipe.name for recipe in shipped()}
+    names = {f"{name}/{each}" for each in ("simclr_resnet18", "classification", "segmentation")}
+    assert names <= {recipe.name for recipe in shipped()}
 
 
-def test_every_shipped_recipe_runs_two_steps(stores: dict[str, Path], tmp_path: Path) -> None:
-    settings = ["train.max_steps=2", "train.batch_size=8", "data.workers=0"]
-    for each in shipped():
-        recipe = load(each.name)
-        out = tmp_path / each.name.replace("/", "-")
-        if isinstance(recipe, PretrainRecipe):
-            done = pretrain(each.name, stores[each.name.split("/")[0]], out, overrides=[*settings, "data.size=32"])
-            assert done.steps == 2
-        else:
-            channels = int(Store(stores[each.name.split("/")[0]]).index.channels.max())
-            small = [*settings, "backbone.name=test_resnet", f"backbone.in_chans={channels}", "data.size=32"]
-            assert finetune(each.name, stores[each.name.split("/")[0]], out, overrides=small).best_step == 2
+@pytest.mark.parametrize("recipe", shipped(), ids=lambda recipe: recipe.name)
+def test_it_runs_two_steps(recipe: Shipped, stores: Stores, tmp_path: Path) -> None:
+    store = stores(recipe.name.split("/")[0])
+    small = ["train.max_steps=2", "train.batch_size=8", "data.workers=0", "data.size=32"]
+    if isinstance(load(recipe.name), PretrainRecipe):
+        assert pretrain(recipe.name, store, tmp_path / "run", overrides=small).steps == 2
+    else:
+        channels = int(Store(store).index.channels.max())
+        network = ["backbone.name=test_resnet", f"backbone.in_chans={channels}"]
+        done = finetune(recipe.name, store, tmp_path / "run", overrides=[*small, *network])
+        assert done.best_step == 2

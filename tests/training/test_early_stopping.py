@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sslmed.run import Run, read_metrics
+from sslmed.training.averaging import WeightAverage
 from sslmed.training.checkpoint import Checkpointer, load
 from sslmed.training.early_stopping import EarlyStopping, StopConfig
 
@@ -135,3 +136,52 @@ def test_a_checkpoint_of_the_very_step_that_ended_training_trains_no_further(
 def test_settings_out_of_range_are_refused(settings: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         StopConfig(**settings)
+
+
+def test_the_average_is_what_is_scored_and_kept(run: Run, training: Any) -> None:
+    module, average = training.Tiny(), WeightAverage(0.9)
+    scored: list[list[float]] = []
+    averages: list[list[float]] = []
+
+    def score() -> float:
+        scored.append(module.weights)
+        held = average.average
+        averages.append([*held["layer.weight"].flatten().tolist(), *held["layer.bias"].tolist()])
+        return [0.5, 0.9, 0.1][len(scored) - 1]
+
+    stop = EarlyStopping(StopConfig(check_every=2, patience=0), run, "auroc", score, average)
+    living: list[list[float]] = []
+    watch = {5: lambda tiny: living.append(tiny.weights)}
+    module.at = watch
+    training(module, [average, stop], steps=6)
+    assert len(scored) == 3
+    assert scored == averages
+    assert module.weights == scored[1], "the best check's average"
+    assert living == [weights_after(training, 4)], "training went on from its own weights"
+
+
+# As above, killed before and after checks at 2, 4, ... and saves at 3, 6, ...
+@pytest.mark.parametrize("killed", [4, 5, 7, 8])
+def test_killed_and_resumed_with_an_average_it_ends_with_the_same_weights(
+    killed: int, run: Run, training: Any, tmp_path: Path
+) -> None:
+    scores = [0.5, 0.6, 0.9, 0.1, 0.2, 0.3]
+
+    def callbacks(module: Any, name: str, start: int = 0) -> list[Any]:
+        average = WeightAverage(0.8)
+
+        def score() -> float:
+            return scores[(start + module.steps) // 2 - 1]
+
+        stop = EarlyStopping(StopConfig(check_every=2, patience=3), run, "auroc", score, average)
+        return [average, stop, Checkpointer(tmp_path / f"{name}.ckpt", 3, lambda: None)]
+
+    whole = training.Tiny()
+    training(whole, callbacks(whole, "whole"), steps=12)
+    part = training.Tiny(at={killed: kill})
+    with pytest.raises(Killed):
+        training(part, callbacks(part, "part"), steps=12)
+    start = load(tmp_path / "part.ckpt")["sslmed"]["step"]
+    part = training.Tiny()
+    training(part, callbacks(part, "part", start), steps=12, resume=tmp_path / "part.ckpt")
+    assert part.weights == whole.weights

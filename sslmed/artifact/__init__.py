@@ -2,6 +2,7 @@
 
 model.safetensors        the backbone
 head.safetensors         the head, for a fine-tuned model
+familiarity.safetensors  mean and covariance of the features of what it was trained on, for a fine-tuned model
 card.json  README.md     what it is, for programs and for people
 fingerprint.safetensors  keyed digests of the patients and images that training saw
 selftest.safetensors     an input and its features
@@ -14,83 +15,30 @@ import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any
 
 import numpy as np
 import pydantic
 import torch
 from torch import nn
 
-from sslmed import __version__, image_size
-from sslmed.config import Config, DataError, DiskError, MissingInputError
+from sslmed import image_size
+from sslmed.artifact.card import SCHEMA, readme
+from sslmed.artifact.card import Card as Card
+from sslmed.artifact.card import DataCard as DataCard
+from sslmed.artifact.card import HeadCard as HeadCard
+from sslmed.config import DataError, DiskError, MissingInputError
 from sslmed.data import identity
-from sslmed.data.loading import Rows
 from sslmed.data.modality import MODALITIES, Modality, in_words, named, with_windows
+from sslmed.data.sampling import Rows
 from sslmed.data.store import Store
 from sslmed.durable import PARTIAL, sha256
 from sslmed.keyed_rng import rng
-from sslmed.models.backbones import BackboneConfig, build, timm_arguments
+from sslmed.models.backbones import build
 
-SCHEMA: Final = 1
 MANIFEST = "MANIFEST.json"
 MIXED_KEYS = "mixed"  # no site has this key id, so that "seen in training?" is answered "cannot tell"
 SELF_TEST_TOLERANCE = 1e-4  # relative to the largest feature: other CPUs add in another order
-
-
-class DataCard(Config):
-    """What training read, without naming anyone."""
-
-    fingerprint: str
-    key_id: str
-    split_digest: str
-    images: int
-    patients: int
-    licence: str = "not stated"
-
-
-class HeadCard(Config):
-    """The supervised head of a fine-tuned model; ``config`` is its recipe section."""
-
-    name: str
-    target: str
-    classes: tuple[str, ...]
-    config: dict[str, Any]
-
-
-class Card(Config):
-    """What a later command must know to use the weights without any flag.
-
-    Attributes:
-        size: of the input, pixels: the side of a square, or height and width.
-        windows, slices: how an image becomes channels; see ``DataConfig``.
-        normalisation: the modality's, in words.
-        method: pretext task or supervised task, as in the recipe; ``none`` when the backbone was not pretrained.
-        recipe: the resolved recipe of the run.
-        parent: sha256 of the weights that training started from; none when they were random.
-    """
-
-    schema_version: Literal[1] = SCHEMA
-    sslmed_version: str = __version__
-    torch_version: str = torch.__version__
-    backbone: BackboneConfig
-    num_features: int
-    size: image_size.ImageSize
-    modality: str
-    windows: tuple[str | tuple[float, float], ...] = ()
-    slices: int = 1
-    normalisation: str
-    method: dict[str, Any]
-    recipe: dict[str, Any]
-    data: DataCard
-    steps: int
-    licence: str = "not stated"
-    head: HeadCard | None = None
-    parent: str | None = None
-
-    @property
-    def kind(self) -> str:
-        """``backbone``, or the name of the head."""
-        return self.head.name if self.head else "backbone"
 
 
 @dataclass(frozen=True)
@@ -107,6 +55,7 @@ def write(
     card: Card,
     seen: np.ndarray[Any, np.dtype[np.uint8]],
     head: nn.Module | None = None,
+    familiarity: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write an artifact, whole or not at all, in place of an earlier one of the same run.
 
@@ -114,6 +63,7 @@ def write(
         network: the timm network; its self-test features are computed here.
         seen: what training saw, (n, 8), as ``data.identity.fingerprint`` makes it.
         head: the supervised head.
+        familiarity: statistics of the features of what training saw, without a patient's own.
 
     Raises:
         DiskError: disk full, read-only or an I/O error; an earlier artifact is untouched.
@@ -131,11 +81,13 @@ def write(
         _save_tensors(partial / "model.safetensors", _state(network))
         if head is not None:
             _save_tensors(partial / "head.safetensors", _state(head))
+        if familiarity is not None:
+            _save_tensors(partial / "familiarity.safetensors", familiarity)
         _save_tensors(partial / "fingerprint.safetensors", {"seen": torch.from_numpy(np.array(seen, dtype=np.uint8))})
         images = _self_test_input(card)
         _save_tensors(partial / "selftest.safetensors", {"input": images, "features": _features(network, images)})
         (partial / "card.json").write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(_readme(card), encoding="utf-8")
+        (partial / "README.md").write_text(readme(card), encoding="utf-8")
         digests = {path.name: sha256(path) for path in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
         for path in partial.iterdir():
@@ -245,6 +197,14 @@ def load_backbone(path: Path | str) -> nn.Module:
 def load_head(path: Path | str, head: nn.Module) -> None:
     """Fill ``head`` with the artifact's tensors."""
     _load_tensors(head, resolve(path) / "head.safetensors")
+
+
+def read_familiarity(path: Path | str) -> dict[str, torch.Tensor] | None:
+    """What ``write`` was given, or None."""
+    from safetensors.torch import load_file
+
+    file = resolve(path) / "familiarity.safetensors"
+    return load_file(file) if file.is_file() else None
 
 
 def read_fingerprint(path: Path | str) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -364,25 +324,3 @@ def _features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     features: torch.Tensor = network(images.to(device)).float().cpu().contiguous()
     network.train(training)
     return features
-
-
-def _readme(card: Card) -> str:
-    name, channels = card.backbone.name, card.backbone.in_chans
-    options = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(card.backbone, card.size).items())
-    task = f"`{card.head.name}` of `{card.head.target}`: {', '.join(card.head.classes)}" if card.head else "backbone"
-    of = f"{channels}-channel" + (f" ({card.slices} neighbouring slices)" if card.slices > 1 else "")
-    return f"""# {name}, {card.modality}, {card.method.get("name", "none")}
-
-{task}. {of} {card.modality} images, {image_size.in_words(card.size)} pixels, {card.normalisation}.
-Trained for {card.steps} steps on {card.data.images} images of {card.data.patients} patients
-(data fingerprint `{card.data.fingerprint[:16]}`). Licence of the weights: {card.licence}.
-Not a medical device: research use only.
-
-```python
-import sslmed
-backbone = sslmed.load_backbone("artifact")  # checks every digest
-
-import timm
-backbone = timm.create_model("{name}", {options}, checkpoint_path="artifact/model.safetensors")
-```
-"""

@@ -1,0 +1,238 @@
+"""One fine-tuning, from a recipe, a store and a start to a model with its honest score."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sslmed import artifact
+from sslmed.config import UsageError
+from sslmed.data import modality
+from sslmed.data.loading import ViewDataset
+from sslmed.data.modality import Modality
+from sslmed.data.sampling import Rows, steps_per_epoch
+from sslmed.data.store import Store
+from sslmed.evaluation import familiarity
+from sslmed.heads import HEADS
+from sslmed.heads.head import Head
+from sslmed.recipe import FinetuneRecipe, changes, dump, load_finetune
+from sslmed.run import Run
+from sslmed.supervised.applying import Applied
+from sslmed.supervised.scoring import Scorer, Tested, images, scorer
+from sslmed.supervised.starting import Begun, begin
+from sslmed.supervised.task import Task, task_of
+from sslmed.training.averaging import WeightAverage
+from sslmed.training.early_stopping import EarlyStopping
+from sslmed.training.fit import fit, seed_everything
+from sslmed.training.monitors import Monitor, MonitorConfig
+from sslmed.training.trainer import TrainConfig, device, lightning_precision
+
+FAMILIAR = 1000  # train images whose features are described, and at most half as many of val
+
+
+@dataclass(frozen=True)
+class Job:
+    """A fine-tuning that could begin: everything has been checked, nothing written."""
+
+    settings: FinetuneRecipe
+    begun: Begun
+    task: Task
+    head: Head
+    scorer: Scorer
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A finished fine-tuning: the step of the best check on val, and the scores."""
+
+    best_step: int
+    tested: Tested
+
+
+def prepare(recipe: FinetuneRecipe, store: Store, source: str | Path) -> Job:
+    """Everything that a fine-tuning needs, checked.
+
+    Raises:
+        UsageError, MissingInputError, DataError: see `starting.begin` and `task.task_of`.
+    """
+    begun = begin(recipe, store, source)
+    settings = begun.settings
+    task = task_of(settings, store, begun.backbone.in_chans)
+    settings = settings.model_copy(update={"train": _at_most(settings.train, len(task.train))})
+    seed_everything(settings.train.seed)
+    kind = HEADS[settings.head.name]  # type: ignore[attr-defined]
+    head = kind(settings.head, begun.start.backbone, len(task.target.classes), task.target.kind)
+    head.balance(_counts(task))
+    head.prepare(settings.optim, settings.train.batch_size, settings.train.total_steps(len(task.train)), 0)
+    applied = Applied(head, task.policy, settings.data.size, task.channels, task.tiles, task.shrunk_to)
+    return Job(settings, begun, task, head, scorer(task, applied))
+
+
+def open_run(job: Job, out: str | Path, resume: bool) -> Run:
+    """A new run folder, or the one that is gone on with.
+
+    Raises:
+        OutputExistsError: it is there and ``resume`` is not set.
+        UsageError: a resume that would change anything.
+    """
+    facts = {
+        "seed": job.settings.train.seed,
+        "data_fingerprint": job.task.store.fingerprint,
+        "start_weights": job.begun.start.weights,
+        "precision": lightning_precision(job.settings.train),
+    }
+    if not resume:
+        return Run.start(out, "finetune", dump(job.settings), facts)
+    run = Run.resume(out, "finetune")
+    run.refuse_changes(changes(load_finetune(run.recipe), job.settings), facts)
+    return run
+
+
+def carry_out(job: Job, run: Run) -> Tuned:
+    """Train to the end or to the early stop, calibrate on val, score test once, write the artifact.
+
+    Raises:
+        TrainingAborted: non-finite loss.
+        Interrupted: a signal; the checkpoint is saved.
+    """
+    for line in (*job.begun.start.lines, *job.task.skipped):
+        run.say(line)
+    best_step = _fit(job, run)
+    job.head.to(device(job.settings.train))  # Lightning has brought it back to the CPU
+    job.scorer.settle()
+    familiar = _spread(job.task.store.rows("train"), FAMILIAR)  # labelled or not
+    known = _known(job, familiar)
+    tested = job.scorer.test(run.path)
+    _write(job, run, best_step, familiar, known)
+    return Tuned(best_step, tested)
+
+
+# The steps, in their order.
+
+
+def _fit(job: Job, run: Run) -> int:
+    """The step of the best check, whose weights the head then has."""
+    settings, task, head = job.settings, job.task, job.head
+    train, data = settings.train, settings.data
+    views = (task.policy.view,)
+    dataset = ViewDataset(
+        task.store,
+        task.policy,
+        views,
+        data.size,
+        task.channels,
+        train.seed,
+        task.target,
+        slices=data.slices,
+        tile=task.tiles,
+    )
+    steps = steps_per_epoch(len(task.train), train.batch_size)
+    monitor = Monitor(MonitorConfig(knn_every=0, collapse="off"), run, train.batch_size, steps)
+    average = WeightAverage(head.config.ema)
+    stop = EarlyStopping(settings.stop, run, head.metrics()[0], job.scorer.val, average)
+    fit(
+        head,
+        dataset,
+        task.train,
+        train,
+        settings.optim,
+        run,
+        monitor,
+        workers=data.worker_count(),
+        callbacks=[average, stop],
+        strata=_strata(task) if head.config.drawn_evenly else None,
+    )
+    return stop.best_step
+
+
+def _write(job: Job, run: Run, steps: int, familiar: Rows, known: familiarity.Familiarity | None) -> None:
+    settings, task, head, begun = job.settings, job.task, job.head, job.begun.start
+    seen = artifact.fingerprint(task.store, np.unique(np.concatenate([task.train, task.val, familiar])))
+    data, seen = begun.described(artifact.describe(task.store, task.train), seen)
+    card = artifact.Card(
+        backbone=job.begun.backbone,
+        num_features=head.backbone.num_features,
+        size=settings.data.size,
+        modality=task.policy.name,
+        windows=settings.data.windows,
+        slices=settings.data.slices,
+        normalisation=modality.in_words(task.policy),
+        method=settings.head.model_dump(mode="json"),
+        recipe=settings.model_dump(mode="json"),
+        data=data,
+        steps=steps,
+        head=_head_card(job),
+        parent=begun.parent,
+    )
+    artifact.write(run.artifact, head.backbone.network, card, seen, head.head, known.tensors() if known else None)
+
+
+def _head_card(job: Job) -> artifact.HeadCard:
+    target, settled = job.task.target, job.scorer.settled
+    return artifact.HeadCard(
+        name=job.settings.head.name,  # type: ignore[attr-defined]
+        target=target.name,
+        kind=target.kind,
+        classes=target.classes,
+        config=job.settings.head.model_dump(mode="json"),
+        temperature=job.head.temperature,
+        thresholds=settled.thresholds,
+        calibration=settled.about,
+        values=job.task.store.annotations.mask_values if target.kind == "mask" else (),
+        shrunk_to=job.task.shrunk_to if job.task.tiles else None,
+        mirrors=_mirrors(job.task.policy),
+    )
+
+
+def _known(job: Job, familiar: Rows) -> familiarity.Familiarity | None:
+    """What usual images look like; None where the network's maps cannot be had."""
+    try:
+        train = _appearances(job, familiar)
+    except UsageError:
+        return None
+    return familiarity.measure(train, _appearances(job, _spread(job.task.val, FAMILIAR // 2)))
+
+
+def _appearances(job: Job, rows: Rows) -> Any:
+    """What images look like to the model, (N, D)."""
+    return np.stack([*job.scorer.applied.appearances(images(job.task, rows))])
+
+
+def _spread(rows: Rows, most: int) -> Rows:
+    return rows[:: -(-len(rows) // most)]
+
+
+def _mirrors(policy: Modality) -> tuple[str, ...]:
+    return tuple(name for name in ("hflip", "vflip", "rot90") if getattr(policy.view, name))
+
+
+def _at_most(train: TrainConfig, images: int) -> TrainConfig:
+    """Smaller steps where there are fewer images than a step takes."""
+    if images >= train.batch_size:
+        return train
+    whole = images - images % train.accumulate
+    smaller = {"batch_size": whole} if whole else {"batch_size": images, "accumulate": 1}
+    return train.model_copy(update=smaller)
+
+
+def _counts(task: Task) -> torch.Tensor:
+    """How often train images show each class; see `Head.balance`."""
+    target = task.target
+    if target.kind == "mask":
+        pixels = np.zeros(256, np.int64)
+        for row in task.train.tolist():
+            pixels += np.bincount(target.of(row, task.store).ravel(), minlength=256)
+        return torch.from_numpy(pixels[: len(target.classes)])
+    values = np.asarray(target.values)[task.train]
+    if target.kind == "class":
+        return torch.from_numpy(np.bincount(values, minlength=len(target.classes)))
+    return torch.from_numpy(np.stack([(values == 0).sum(axis=0), (values == 1).sum(axis=0)], axis=1))
+
+
+def _strata(task: Task) -> Rows:
+    """(train rows,): the class of each, or the rarest of its findings; those without any are a stratum too."""
+    presence = task.target.presence()[task.train]
+    common = np.where(presence, presence.sum(axis=0), len(presence) + 1)
+    return np.asarray(np.where(presence.any(axis=1), common.argmin(axis=1), presence.shape[1]), np.int64)
