@@ -73,7 +73,8 @@ class Study:
 
 _LITE = ("backbone.name=tf_efficientnet_lite0", "data.size=64")
 _XRAY = {"modality": "xray", "labels": "labels.csv", "label_columns": ("label", "subtype")}
-_XRAY_PRETRAIN = ("xray/simclr_resnet18", (*_LITE, "train.max_steps=350"))
+_XRAY_PRETRAIN = ("xray/simclr_resnet18", (*_LITE, "train.max_steps=250", "train.precision=32"))
+_XRAY_TUNE = ("train.max_steps=100", "train.precision=32", "data.size=64")
 _CLASSES = (
     "auroc", "average_precision", "sensitivity_at_90_specificity", "balanced_accuracy", "f1", "mcc", "ece", "brier",
 )  # fmt: skip
@@ -81,13 +82,11 @@ _MASKS = ("dice", "iou", "hd95", "asd")
 STUDIES = {
     "xray-two": Study(
         "Chest X-rays, normal or pneumonia", "xray_pneumonia", _XRAY, _XRAY_PRETRAIN, "xray/classification",
-        ("data.target=label", "train.max_steps=120", "data.size=64"), "1%,10%,100%", 3, "auroc", _CLASSES, True,
-        store="xray",
+        ("data.target=label", *_XRAY_TUNE), "1%,10%,100%", 3, "auroc", _CLASSES, True, store="xray",
     ),
     "xray-three": Study(
         "Chest X-rays, normal, bacteria or virus", "xray_pneumonia", _XRAY, _XRAY_PRETRAIN, "xray/classification",
-        ("data.target=subtype", "train.max_steps=120", "data.size=64"), "10%,100%", 3, "auroc", _CLASSES, True,
-        store="xray",
+        ("data.target=subtype", *_XRAY_TUNE), "10%,100%", 3, "auroc", _CLASSES, True, store="xray",
     ),
     "ultrasound": Study(
         "Nerves and vessels in ultrasound", "ultrasound_nerve",
@@ -100,7 +99,7 @@ STUDIES = {
         "Hippocampus in MRI", "mri_hippocampus",
         {"modality": "mri", "masks": "labels", "mask_classes": ("background", "anterior", "posterior")},
         ("mri/simclr_resnet18", ("data.size=64", "data.slices=3", "backbone.in_chans=3", "train.max_steps=200")),
-        "mri/segmentation", ("train.max_steps=600", "stop.check_every=100"), "k=5,100%", 2, "dice", _MASKS,
+        "mri/segmentation", ("train.max_steps=500", "stop.check_every=100"), "k=5,100%", 1, "dice", _MASKS,
         source="images", store="hippocampus",
     ),
 }  # fmt: skip

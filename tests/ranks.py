@@ -166,3 +166,15 @@ def pretrain_in_process(store: str, out: str, settings: tuple[str, ...], resume:
         pretrain(recipe, store, out, overrides=settings, resume=resume)
     except SslmedError as error:
         raise SystemExit(error.exit_code) from None
+
+
+def finetune_in_process(store: str, out: str, settings: tuple[str, ...], resume: bool, recipe: str) -> None:
+    """Fine-tune from random weights and end this process with the command's exit code."""
+    from sslmed.commands.finetune import finetune
+    from sslmed.config import SslmedError
+
+    torch.set_num_threads(1)
+    try:
+        finetune(recipe, store, out, overrides=settings, resume=resume)
+    except SslmedError as error:
+        raise SystemExit(error.exit_code) from None

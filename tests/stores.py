@@ -75,7 +75,7 @@ def write_shapes(path: Path, patients: int = 24, size: tuple[int, int] = (40, 48
     measure = named("xray").intensity
     scans = [NewScan(pixels, measure(pixels), f"{patient:064x}") for patient, (pixels, _) in enumerate(drawn)]
     store = write_store(path, scans, [f"{patient:032x}" for patient in range(patients)], split=split)
-    mask_of = changes.get("mask_of", lambda patient, mask: mask)
+    mask_of = changes.get("mask_of", lambda _, mask: mask)
     masks = [(patient, mask_of(patient, mask)) for patient, (_, mask) in enumerate(drawn)]
     kept = [(patient, mask) for patient, mask in masks if mask is not None]
     annotate(store.path, masks=kept, mask_classes=SHAPES, meta=changes.get("meta", ()))

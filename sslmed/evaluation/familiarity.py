@@ -4,11 +4,20 @@ What is looked at are the mean and the standard deviation over places of channel
 256 numbers an image, and their Mahalanobis distance (Lee et al., arXiv 1807.03888, eq. 2, with one class and the early
 layers alone). An artifact keeps their mean and covariance, 0.3 MB, and nothing of any one patient.
 
-Not the pooled features that a head uses: training makes them blind to all that is no difference between its classes.
-Tried on paediatric chest X-rays at 96 pixels, another 1,460 of which should stay below the limit, and CT, ultrasound
-and hippocampus MRI slices, stained tissue and blood smears, which should not. Ledoit-Wolf, limit from held-out X-rays:
+Not the pooled features that a head uses: training makes them blind to what is no difference between its classes. Tried
+on paediatric chest X-rays at 96 pixels. Of other patients' X-rays few should lie above the limit (false alarms), of
+slices of CT and of hippocampus MRI, of nerve ultrasound, stained tissue and blood smears all. Shares in percent:
 
-TABLE
+    network (training / held-out images)                  false alarms    CT   MRI  ultrasound  tissue  blood
+    resnet18, fine-tuned, pooled features   (1000 / 400)           0.6     0   100          70      75      1
+    resnet18, fine-tuned                    (1000 / 400)           0.8   100   100         100      98    100
+    resnet18, fine-tuned                    (  40 /  12)           3.8    98   100         100      96     99
+    resnet18, random                        (  40 /  12)           4.2   100   100         100      97    100
+    efficientnet_lite0, ImageNet            (  40 /  12)           3.2   100   100         100      99    100
+    vit_tiny, fine-tuned                    (1000 / 400)           0.7   100   100         100      99    100
+    vit_tiny, fine-tuned                    (  40 /  12)           2.4    88   100          98      90    100
+
+It knows the kind of an image, not whether a finding is new: a rare disease on a usual X-ray is no warning here.
 """
 
 from collections.abc import Mapping
@@ -47,9 +56,9 @@ class Familiarity:
     limit: float
 
     def distance(self, features: Array) -> npt.NDArray[np.float64]:
-        """The squared Mahalanobis distance over D of features (M, D): (M,), about 1 for usual images.
+        """The squared Mahalanobis distance over D of features (M, D): (M,).
 
-        It is infinite where a feature is not finite.
+        Usual images have less than 1, as shrinking widens the covariance. It is infinite where a feature is not finite.
         """
         deviation, spread = self._scales()
         whitened = _finite(features - self.mean.astype(np.float64)) / deviation @ spread
@@ -75,9 +84,13 @@ class Familiarity:
             mean, covariance = (tensors[name].numpy().astype(np.float32) for name in ("mean", "covariance"))
             limit = float(tensors["limit"])
         except (KeyError, RuntimeError, ValueError) as error:
-            raise DataError(f"what is kept about familiar images is damaged ({error}); fine-tune again") from error
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not np.isfinite([*mean, limit]).all():
-            raise DataError("what is kept about familiar images is damaged (shapes or values); fine-tune again")
+            raise _damaged(str(error)) from error
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise _damaged("shapes do not fit")
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all() and np.isfinite(limit)):
+            raise _damaged("values are not finite")
+        if (np.diag(covariance) <= 0).any():
+            raise _damaged("a variance is not positive")
         return cls(mean, covariance, limit)
 
     def _scales(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -128,6 +141,10 @@ def appearance(backbone: Backbone, images: torch.Tensor) -> torch.Tensor:
         places = early[:, chosen.to(early.device)].flatten(2).float()
         parts += [places.mean(dim=2), places.std(dim=2, correction=0)]
     return torch.cat(parts, dim=1)
+
+
+def _damaged(why: str) -> DataError:
+    return DataError(f"what the model keeps about images it knows is damaged: {why}; fine-tune again")
 
 
 def _finite(values: Array) -> npt.NDArray[np.float64]:

@@ -20,7 +20,7 @@ class ClassificationConfig(HeadConfig):
         hidden: width of a hidden layer with GELU; 0 is a linear classifier.
         dropout: of what enters the last layer.
         balance: what is done about rare classes: nothing; ``weights``, the loss of an image counts inversely to how
-            many train images have its class (of findings: a positive as much as all negatives together); ``sampling``,
+            many train images have its class (of findings: all positives as much as all negatives); ``sampling``,
             each class is drawn equally often (of findings: by the rarest that an image has).
         mixup: alpha of mixup (Zhang et al., arXiv 1710.09412); 0 mixes nothing.
     """

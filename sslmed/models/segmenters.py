@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ class UNetDecoder(nn.Module):
         # Nearly equal probabilities at first, a loss of about log(classes). Smaller weights learnt far more slowly:
         # from 0.01, masks of two classes were still one class after 60 steps in which 0.1 had told them apart.
         nn.init.normal_(self.classifier.weight, std=0.1)
-        nn.init.zeros_(self.classifier.bias)
+        nn.init.zeros_(cast(torch.Tensor, self.classifier.bias))
 
     def forward(self, maps: Sequence[torch.Tensor], size: Sequence[int]) -> torch.Tensor:
         """Logits (N, classes, height, width) of ``maps``, fine to coarse, of images of this size.

@@ -250,18 +250,6 @@ def test_its_metrics_exist_and_the_first_is_better_when_larger(name: str, kind: 
     assert names[0] == ("dice" if kind == "mask" else "auroc")
 
 
-@every_head
-def test_what_it_says_of_a_whole_image(name: str, kind: str) -> None:
-    head = small(name, kind).eval()
-    features = head.features(batch_of(kind).views[0])
-    described = head.describe(features)
-    assert described.shape == (SCANS, head.backbone.levels[-1].channels)
-    if kind == "mask":
-        torch.testing.assert_close(described[3], features[-1][3].flatten(1).mean(dim=1))
-    else:
-        assert torch.equal(described, features)
-
-
 @pytest.mark.parametrize("name", HEADS)
 def test_another_kind_of_target_is_refused(name: str) -> None:
     kinds = HEADS[name].kinds

@@ -12,7 +12,7 @@ from sslmed.config import UsageError
 from sslmed.evaluation.explain import LABEL_COLOURS, heat_maps, overlay_heat, overlay_labels
 from sslmed.models.backbones import Backbone, BackboneConfig, build
 
-SIDE, BLOB = 128, 24
+SIDE, BLOB, STEPS = 128, 24, 50
 NAMES = ["test_resnet", "tf_efficientnet_lite0", "convnext_atto", "swin_tiny_patch4_window7_224"]
 TOKENS: dict[str, dict[str, Any]] = {
     "class token": {"name": "test_vit", "patch": 8},
@@ -25,17 +25,20 @@ def mixed(features: torch.Tensor) -> torch.Tensor:
     return features @ torch.linspace(1, -0.5, features.shape[1])
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("name", ["test_resnet", "swin_tiny_patch4_window7_224", "test_vit"])
 def test_closed_form_of_pooling_and_a_linear_layer(name: str) -> None:
     """Y = w . mean(A): dY/dA = w / (h w) everywhere, and L = ReLU(sum_k w_k A_k) / (h w)."""
     torch.manual_seed(0)
-    backbone = build(BackboneConfig(name=name), 64, 0).eval()
+    backbone = build(BackboneConfig(name=name, pool="avg" if name == "test_vit" else None), 64, 0).eval()
     network: Any = backbone.network
     images, weights = torch.randn(3, 1, 64, 64), torch.rand(backbone.num_features) - 0.3
     with torch.no_grad():
         found = network.forward_features(images)
-        if network.__class__.__name__ == "SwinTransformer":
+        if name.startswith("swin"):
             found = found.permute(0, 3, 1, 2)
+        if name == "test_vit":
+            network.fc_norm = nn.Identity()
+            found = found[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
         expected = F.relu(torch.einsum("k,nkhw->nhw", weights, found)) / found[0, 0].numel()
         expected = F.interpolate(expected[:, None], (64, 64), mode="bilinear")[:, 0]
         assert expected.any()
@@ -69,6 +72,34 @@ def test_values_and_what_stays_as_it_was(settings: dict[str, Any]) -> None:
         assert not torch.is_grad_enabled()
 
 
+def test_closed_form_of_a_class_token() -> None:
+    """The last block's attention as its formula has it, its norms and its perceptron left out.
+
+    The class token then leaves as x_0 + sum_j a_j V x_j, a = softmax_j(q . k_j), and Y = w . that. With q = 0 all
+    attend alike, to each of the L tokens: dY/dx_j = V^T w / L.
+    """
+    torch.manual_seed(0)
+    backbone = build(BackboneConfig(name="test_vit"), 64, 0).eval()
+    network: Any = backbone.network
+    block, width = network.blocks[-1], network.embed_dim
+    with torch.no_grad():
+        block.attn.qkv.weight[: 2 * width] = 0
+        block.attn.qkv.bias.zero_()
+        block.attn.proj.weight.copy_(torch.eye(width))
+        block.attn.proj.bias.zero_()
+        block.mlp.fc2.weight.zero_()
+        block.mlp.fc2.bias.zero_()
+    network.norm = nn.Identity()
+    weights, images = torch.randn(width), torch.randn(2, 1, 64, 64)
+    entering: list[torch.Tensor] = []
+    block.norm1.register_forward_hook(lambda _, __, tokens: entering.append(tokens))
+    heat = heat_maps(backbone, lambda features: features @ weights, images)
+    slope = block.attn.qkv.weight[2 * width :].T @ weights / 17
+    expected = F.relu(entering[0][:, 1:] @ slope).reshape(2, 1, 4, 4).detach()
+    expected = F.interpolate(expected, (64, 64), mode="bilinear")[:, 0]
+    assert torch.allclose(heat, expected / expected.amax(dim=(1, 2), keepdim=True), atol=1e-4)
+
+
 def test_gradients_of_weights_are_left_alone() -> None:
     backbone = build(BackboneConfig(name="test_resnet"), 64, 0)
     heat_maps(backbone, mixed, torch.randn(1, 1, 64, 64))
@@ -80,9 +111,15 @@ def test_a_map_that_is_zero_everywhere_stays_zero() -> None:
     assert not heat_maps(backbone, lambda features: -features.sum(dim=1), torch.randn(2, 1, 64, 64)).any()
 
 
+class _Pooling(nn.Module):
+    num_features = 4
+
+
 def test_a_network_without_places_is_refused() -> None:
-    with pytest.raises(UsageError, match="no heat maps of MlpMixer"):
-        heat_maps(build(BackboneConfig(name="mixer_s32_224"), 64, 0), mixed, torch.randn(1, 1, 64, 64))
+    with pytest.raises(UsageError, match="no heat maps of _Pooling"):
+        heat_maps(Backbone(_Pooling()), mixed, torch.randn(1, 1, 64, 64))
+    with pytest.raises(UsageError, match="no heat maps of MultiScaleVit"):
+        heat_maps(build(BackboneConfig(name="mvitv2_tiny"), 64, 0), mixed, torch.randn(1, 1, 64, 64))
 
 
 class _Blobs(nn.Module):
@@ -107,13 +144,16 @@ def blobs(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return images, present, corner
 
 
-@pytest.mark.parametrize("settings", [{"name": "test_resnet"}, {"name": "test_vit"}], ids=["CNN", "ViT"])
+BLOB_FINDERS: dict[str, dict[str, Any]] = {"CNN": {"name": "test_resnet"}, "ViT": {"name": "test_vit", "pool": "avg"}}
+
+
+@pytest.mark.parametrize("settings", BLOB_FINDERS.values(), ids=BLOB_FINDERS)
 def test_it_shows_the_blob_that_decides(settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = _Blobs(settings).train()
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    for step in range(50):
-        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / 50)
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / STEPS)
         images, present, _ = blobs(16)
         loss = F.binary_cross_entropy_with_logits(model(images), present.float())
         optimizer.zero_grad()
@@ -126,7 +166,6 @@ def test_it_shows_the_blob_that_decides(settings: dict[str, Any]) -> None:
     places = torch.stack([hottest // SIDE, hottest % SIDE], dim=1)
     reach = BLOB // 2 + 16  # half the blob and half a cell of the coarsest map
     near = ((places - (corner[present] + BLOB // 2)).abs() <= reach).all(dim=1)
-    print("NEAR", near.float().mean())
     assert near.float().mean() > 0.85
 
 

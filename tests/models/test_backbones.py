@@ -162,6 +162,28 @@ def test_the_map_of_a_plain_transformer(settings: dict[str, Any]) -> None:
     assert all(each.grad is not None for each in network.parameters())
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "resnet18", "convnext_atto"])
+def test_early_maps_are_the_first_two_stages(name: str) -> None:
+    backbone = build(BackboneConfig(name=name), 64, 0).eval()
+    images = torch.randn(2, 1, 64, 64)
+    first, second = backbone.early_maps(images)
+    assert torch.equal(first, backbone.maps(images)[0])
+    assert torch.equal(second, backbone.maps(images)[1])
+
+
+def test_early_maps_of_a_plain_transformer_are_its_first_and_third_block() -> None:
+    backbone = build(BackboneConfig(name="test_vit"), 64, 0).eval()
+    network: Any = backbone.network
+    images = torch.randn(2, 1, 64, 64)
+    seen: list[torch.Tensor] = []
+    for block in network.blocks:
+        block.register_forward_hook(lambda _, __, tokens: seen.append(tokens))
+    first, third = backbone.early_maps(images)
+    assert len(seen) == 3, "nothing behind is computed"
+    for found, tokens in ((first, seen[0]), (third, seen[2])):
+        assert torch.equal(found.flatten(2).transpose(1, 2), tokens[:, 1:])
+
+
 def test_maps_of_another_size_than_the_network_was_made_for() -> None:
     network = timm.create_model(
         "test_vit", in_chans=1, num_classes=0, img_size=64, dynamic_img_size=True, dynamic_img_pad=True
@@ -185,6 +207,8 @@ def test_a_network_without_maps_or_order_is_refused() -> None:
         backbone.maps(torch.zeros(1, 1, 8, 8))
     with pytest.raises(UsageError, match="no maps of _Pooling"):
         _ = backbone.levels
+    with pytest.raises(UsageError, match="no maps of _Pooling"):
+        backbone.early_maps(torch.zeros(1, 1, 8, 8))
     with pytest.raises(UsageError, match="order the layers of _Pooling"):
         backbone.freeze(1)
     backbone.freeze("all")  # needs no order
