@@ -93,7 +93,7 @@ def evaluate(
     refuse_labels(card, model)
     starts = arms(model, card, beside)
     folder = _free_folder(artifact.resolve(model), out, resume)
-    learnt = targets.labels(store, target) if settings is None else target_of(settings, store)
+    learnt = _labels(store, target) if settings is None else target_of(settings, store)
     train, test = (rows[learnt.known[rows]] for rows in (store.rows("train"), store.rows("test")))
     notes = _check_labels(store, learnt, train, test)
     known = {arm.name: _seen(arm, store, test) for arm in starts}
@@ -222,6 +222,15 @@ def _settings(
         if given is not None:
             raise UsageError(f"{name} is for probes; a recipe has data.{name[2:]}={given}")
     return load_finetune(recipe, overrides)
+
+
+def _labels(store: Store, target: str | None) -> Target:
+    if store.mask_classes and not store.labels:
+        raise DataError(
+            f"the store {store.path} has masks but no labels, and probes need labels; compare the starts by "
+            f"fine-tuning: --recipe {store.modality}/segmentation"
+        )
+    return targets.labels(store, target)
 
 
 def _check_numbers(seeds: int, replicates: int, size: image_size.ImageSize | None, workers: int) -> None:

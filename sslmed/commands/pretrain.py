@@ -145,6 +145,9 @@ def pretrain(
 
 
 def _next(run: Path, store: Store) -> str:
+    if store.default_target() is None and store.mask_classes:
+        recipe = f"{store.modality}/segmentation"
+        return command("sslmed", "finetune", recipe, "--data", store.path, "--from", run, "--out", "finetuned")
     if store.default_target() is None:  # nothing to evaluate with
         return command("sslmed", "verify", run)
     return command("sslmed", "evaluate", run, "--data", store.path)

@@ -178,6 +178,12 @@ def write_backbone(folder: Path, store: Store) -> Path:
     return folder
 
 
+def test_masks_without_labels_are_compared_by_fine_tuning(tmp_path: Path) -> None:
+    store = stores.write_shapes(tmp_path / "store")
+    with pytest.raises(DataError, match=r"has masks but no labels.*\n?.*--recipe xray/segmentation"):
+        evaluate(write_backbone(tmp_path / "model", store), store.path)
+
+
 def test_what_does_not_go_together(
     phantom_store: Store, pretrained: PretrainResult, tuned_run: str, tmp_path: Path
 ) -> None:
