@@ -91,8 +91,8 @@ STUDIES = {
     "ultrasound": Study(
         "Nerves and vessels in ultrasound", "ultrasound_nerve",
         {"modality": "ultrasound", "masks": "masks", "mask_classes": ("background", "structure 1", "structure 2")},
-        ("ultrasound/simclr_resnet18", ("data.size=128", "train.max_steps=200")), "ultrasound/segmentation",
-        ("train.max_steps=120", "train.batch_size=8", "stop.check_every=30"), "k=5,k=20,100%", 3, "dice", _MASKS,
+        ("ultrasound/simclr_resnet18", ("data.size=96", "train.max_steps=200")), "ultrasound/segmentation",
+        ("train.max_steps=250", "train.batch_size=8", "optim.lr=2e-3"), "k=5,k=20,100%", 3, "dice", _MASKS,
         source="images", store="ultrasound",
     ),
     "hippocampus": Study(
