@@ -101,7 +101,7 @@ def evaluate(
         _refuse_leakage(known)
     patients = len(np.unique(store.patients(train)))
     wanted = parse(budgets or protocol.default_budgets(patients, masks=learnt.kind == "mask"))
-    shape = size or card.size
+    shape = size or (card.size if settings is None else starts[0].recipe(settings).data.size)
     about = _protocol(card, store, shape, seeds, replicates)
     if settings is None:
         rows, skipped = _probed(starts, store, learnt, (train, test), wanted, seeds, replicates, shape, workers)
@@ -175,9 +175,11 @@ def _fine_tuned(
     replicates: int,
     folder: Path,
 ) -> tuple[list[Row], list[Skipped]]:
-    budgets, skipped = study.drawable(settings, store, wanted, seeds)
+    budgets, skipped = study.drawable(starts[0].recipe(settings), store, wanted, seeds)
     if not budgets:
         raise _nothing_drawn(skipped)
+    for arm in starts:  # a start that cannot work is refused before hours go into the others
+        study.prepared(settings, store, Cell(arm, budgets[0].text, 0))
     rows: list[Row] = []
     for budget in budgets:
         runs = {

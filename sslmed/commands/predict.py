@@ -55,7 +55,8 @@ class PredictResult:
         skipped = [f"skipped {len(self.skipped)} files:", *shown] if self.skipped else []
         whole = f"{self.images} images"
         if self.scans != self.images:
-            whole = f"{self.scans} scans by their {self.images} images, slices and frames"
+            by = "of" if self.masks else "by the mean over"
+            whole = f"{self.scans} scans {by} their {self.images} images, slices and frames"
         where = [f"{name}: {path}" for name, path in (("masks", self.masks), ("heat maps", self.heat)) if path]
         return [f"predicted {whole}: {counts}", *self._warnings(), *skipped, f"predictions: {self.out}", *where]
 
@@ -218,8 +219,8 @@ class _Prediction:
     def _picture(self, scan: Answered) -> Pixels:
         if self.model.about.kind == "mask":
             most = int(np.argmax([(labels > 0).sum() for labels in scan.labels]))
-            return writing.labels_on(*self._shown[most], scan.labels[most])
-        label = int(scan.mean.argmax())
+            return writing.labels_on(*self._shown[most], self.model.card.slices, scan.labels[most])
+        label = self.model.foremost(scan.mean)
         most = int(np.argmax([scores[label] for scores in scan.scores]))
         return heat_on(self.model, *self._shown[most], label)
 

@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 from sslmed.config import UsageError
 from sslmed.keyed_rng import rng
 
+FAR = 2**32  # more epochs than any training has
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -24,7 +25,8 @@ class StreamSampler(Sampler[list[tuple[int, int]]]):
 
     With strata an epoch is as long, but each stratum is met as often as every other, give or take one: a small one's
     rows come again and again, each as often as the others of its stratum, give or take one; of a large one's some wait
-    for another epoch.
+    for another epoch. A row that comes again within an epoch is addressed as of another one, far off, so that its
+    views differ.
 
     Args:
         rows: the store rows to train on.
@@ -66,13 +68,15 @@ class StreamSampler(Sampler[list[tuple[int, int]]]):
         return self.steps * self.accumulate  # the whole stream, also when resumed: Lightning counts from its start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, self.rows
+        epoch, order, turns = -1, self.rows, self.rows
         for batch in range(self.start, len(self)):
             if batch // self.batches_per_epoch != epoch:
                 epoch = batch // self.batches_per_epoch
                 order = self._order(rng(self.seed, epoch, 0, "order"))
+                turns = _turns(order) if self.strata else np.zeros(len(order), np.int64)
             first = batch % self.batches_per_epoch * self.micro + self.rank * self.local
-            yield [(epoch, int(row)) for row in order[first : first + self.local]]
+            here = slice(first, first + self.local)
+            yield [(epoch + int(turn) * FAR, int(row)) for turn, row in zip(turns[here], order[here], strict=True)]
 
     def _order(self, stream: np.random.Generator) -> Rows:
         if not self.strata:
@@ -81,6 +85,15 @@ class StreamSampler(Sampler[list[tuple[int, int]]]):
         one_more = stream.permutation(len(self.strata)) < rest
         parts = [_again(stream, rows, share + int(more)) for rows, more in zip(self.strata, one_more, strict=True)]
         return stream.permutation(np.concatenate(parts))
+
+
+def _turns(order: Rows) -> Rows:
+    """How often each row has come before in ``order``."""
+    by_row = np.argsort(order, kind="stable")
+    begins = np.flatnonzero(np.diff(order[by_row], prepend=-1))
+    turns = np.empty(len(order), np.int64)
+    turns[by_row] = np.arange(len(order)) - np.repeat(begins, np.diff(begins, append=len(order)))
+    return turns
 
 
 def _again(stream: np.random.Generator, rows: Rows, count: int) -> Rows:

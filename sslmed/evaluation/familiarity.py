@@ -22,6 +22,7 @@ It knows the kind of an image, not whether a finding is new: a rare disease on a
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -60,7 +61,7 @@ class Familiarity:
 
         Usual images have less than 1, as shrinking widens the covariance. It is infinite where a feature is not finite.
         """
-        deviation, spread = self._scales()
+        deviation, spread = self._scales
         whitened = _finite(features - self.mean.astype(np.float64)) / deviation @ spread
         distance = np.square(whitened).mean(axis=1)
         return np.where(np.isfinite(features).all(axis=1), distance, np.inf)
@@ -93,6 +94,7 @@ class Familiarity:
             raise _damaged("a variance is not positive")
         return cls(mean, covariance, limit)
 
+    @cached_property
     def _scales(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """(D,) and (D, D): features over the first, times the second, are uncorrelated and of variance 1."""
         covariance = self.covariance.astype(np.float64)

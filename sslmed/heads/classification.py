@@ -32,6 +32,10 @@ class ClassificationConfig(HeadConfig):
     mixup: Annotated[float, Field(ge=0, le=10)] = 0.0
 
     @property
+    def weighted(self) -> bool:
+        return self.balance == "weights"
+
+    @property
     def drawn_evenly(self) -> bool:
         return self.balance == "sampling"
 

@@ -43,6 +43,11 @@ class HeadConfig(Config):
         return False
 
     @property
+    def weighted(self) -> bool:
+        """Whether rare classes count more in the loss."""
+        return False
+
+    @property
     def drawn_evenly(self) -> bool:
         """Whether the images of every class are drawn equally often."""
         return False

@@ -33,6 +33,10 @@ class SegmentationConfig(HeadConfig):
     balance: Literal["none", "weights"] = "none"
 
     @property
+    def weighted(self) -> bool:
+        return self.balance == "weights"
+
+    @property
     def tiles(self) -> bool:
         return self.input == "tiles"
 

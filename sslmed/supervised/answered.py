@@ -127,8 +127,7 @@ def write_mask(folder: Path, answered: Answered, values: Sequence[int]) -> Path:
         path = base.with_name(f"{base.name}.nii.gz")
         write_nifti(path, masks, scan.grid, None if scan.grid is not None else scan.affine)
         return path
-    turned = tuple(axis for axis in (1, 2) if scan.flipped[axis])
-    masks = np.flip(masks, turned)
+    masks = as_filed(scan, masks)
     if scan.kind == "image":
         path = base.with_name(f"{base.name}.png")
         write_image(path, np.ascontiguousarray(masks[0]))
@@ -139,23 +138,30 @@ def write_mask(folder: Path, answered: Answered, values: Sequence[int]) -> Path:
     return base
 
 
-def write_overlay(folder: Path, answered: Answered, picture: Pixels, part: str = "") -> Path:
-    """An overlay (H, W, 3) uint8 as PNG."""
+def write_overlay(folder: Path, answered: Answered, picture: Pixels) -> Path:
+    """An overlay (H, W, 3) uint8 as PNG; turned as the mask's PNG is."""
     base = folder / HEAT / answered.place
     base.parent.mkdir(parents=True, exist_ok=True)
-    path = base.with_name(f"{base.name}{part}.png")
-    write_image(path, picture)
+    path = base.with_name(f"{base.name}.png")
+    if answered.scan.kind != "volume":  # of a volume it is one slice, as viewers show it
+        picture = as_filed(answered.scan, picture[None])[0]
+    write_image(path, np.ascontiguousarray(picture))
     return path
 
 
-def labels_on(pixels: Pixels, intensity: Intensity, labels: Labels) -> Pixels:
+def as_filed(scan: Scan, images: Pixels) -> Pixels:
+    """Images (D, H, W, ...) of a scan, turned back to lie as its file has them; see `sources.facing`."""
+    return np.flip(images, tuple(axis for axis in (1, 2) if scan.flipped[axis]))
+
+
+def labels_on(pixels: Pixels, intensity: Intensity, slices: int, labels: Labels) -> Pixels:
     """The image with its labels drawn on it, (H, W, 3) uint8."""
-    return overlay_labels(unit(pixels, intensity), labels)
+    return overlay_labels(unit(pixels, intensity, slices), labels)
 
 
-def unit(pixels: Pixels, intensity: Intensity) -> Pixels:
-    """The image for the eye: (H, W) or (H, W, 3) in [0, 1]; of neighbouring slices the middle one."""
-    shown = pixels[..., pixels.shape[2] // 2] if pixels.ndim == 3 and pixels.shape[2] != 3 else pixels
+def unit(pixels: Pixels, intensity: Intensity, slices: int) -> Pixels:
+    """The image for the eye: (H, W), or (H, W, 3) in colour, in [0, 1]; of neighbouring ``slices`` the middle one."""
+    shown = pixels[..., slices // 2] if slices > 1 else pixels
     span = intensity.high - intensity.low
     return np.asarray(np.clip((shown.astype(np.float32) - intensity.low) / span, 0, 1), np.float32)
 

@@ -1,7 +1,6 @@
 """Why a model calls an image what it does: Grad-CAM, laid over the image."""
 
 import numpy as np
-import torch
 
 from sslmed.data.input import network_input, to_image
 from sslmed.data.intensity import Intensity
@@ -18,5 +17,5 @@ def heat_on(model: Model, pixels: Pixels, intensity: Intensity, label: int) -> P
     image = network_input(pixels, intensity, applied.policy, applied.size, applied.channels)[None]
     device = next(head.parameters()).device
     heat = heat_maps(head.backbone, lambda features: head.logits(features)[:, label], image.to(device))
-    placed = to_image(torch.as_tensor(heat), pixels.shape[:2], applied.size)
-    return overlay_heat(unit(pixels, intensity), np.asarray(placed[0]))
+    placed = to_image(heat.cpu(), pixels.shape[:2], applied.size)
+    return overlay_heat(unit(pixels, intensity, model.card.slices), np.asarray(placed[0]))

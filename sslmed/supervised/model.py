@@ -37,6 +37,12 @@ class Model:
             return (self.about.classes[int(scores[1] >= cuts[1])],)
         return (self.about.classes[int(scores.argmax())],)
 
+    def foremost(self, scores: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> int:
+        """The number of the class that is called; of findings the likeliest called one's, or of all if none is."""
+        called = self.called(scores)
+        among = [number for number, name in enumerate(self.about.classes) if name in called or not called]
+        return max(among, key=lambda number: float(scores[number]))
+
     def with_looks(self) -> "Model":
         """The same with test-time augmentation: the turns and mirrorings of training, else smaller images."""
         height, width = sides(self.card.size)

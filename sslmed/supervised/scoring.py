@@ -97,10 +97,11 @@ class LabelScorer:
         self.task, self.applied, self.settled = task, applied, Settled()
 
     def val(self) -> float:
-        return float(metrics.METRICS[self.applied.head.metrics()[0]](self._truth(self.task.val), self._scores("val")))
+        measure = metrics.METRICS[self.applied.head.metrics()[0]]
+        return float(measure(self._truth("val"), self._scores("val")))
 
     def settle(self) -> None:
-        head, truth = self.applied.head, self._truth(self.task.val)
+        head, truth = self.applied.head, self._truth("val")
         head.temperature = 1.0
         before = self._scores("val")
         logits = np.log(np.clip(before, 1e-30, None))  # softmax forgets what they have in common
@@ -115,10 +116,11 @@ class LabelScorer:
         self.settled = Settled(None if cuts is None else tuple(cuts.tolist()), about)
 
     def test(self, run: Path) -> Tested:
-        task, target = self.task, self._truth(self.task.test)
+        task, target, rows = self.task, self._truth("test"), self._units("test")[0]
         scored = Scored(self._scores("test"), _array(self.settled.thresholds))
-        patients = task.store.patients(task.test)
-        predictions.Predictions(task.test, patients, target, scored.scores, task.target.classes).write(run)
+        patients = task.store.patients(rows)
+        kept = predictions.Predictions(rows, patients, target, scored.scores, task.target.classes, scored.thresholds)
+        kept.write(run)
         weights = protocol.bootstrap_weights(patients, REPLICATES, seed=0)
         wanted = self.applied.head.metrics()
         whole = {name: each for name, each in metrics.measures(target).items() if name in wanted}
@@ -127,14 +129,33 @@ class LabelScorer:
             for label, name in enumerate(task.target.classes):
                 one = {key: each for key, each in metrics.measures(target, label).items() if key in wanted}
                 by_class[name] = _triples(scored, one, weights)
-        groups, notes = _groups(task.store, task.test, scored, whole, weights)
+        groups, notes = _groups(task.store, rows, scored, whole, weights)
+        if len(rows) < len(task.test):
+            notes.append(
+                f"{len(task.test)} slices and frames are scored as {len(rows)} scans, by their mean probability"
+            )
         return Tested(_triples(scored, whole, weights), by_class, groups, notes=tuple(notes))
 
     def _scores(self, side: str) -> Floats:
-        return np.stack([answer.scores for answer in self.applied(images(self.task, getattr(self.task, side)))])
+        """Of each unit the mean over its rows, as `predict` answers."""
+        each = np.stack([answer.scores for answer in self.applied(images(self.task, getattr(self.task, side)))])
+        first, unit = self._units(side)
+        total = np.zeros((len(first), each.shape[1]))
+        np.add.at(total, unit, each)
+        return np.asarray(total / np.bincount(unit)[:, None])
 
-    def _truth(self, rows: Rows) -> npt.NDArray[Any]:
-        return np.asarray(self.task.target.values)[rows]
+    def _truth(self, side: str) -> npt.NDArray[Any]:
+        return np.asarray(self.task.target.values)[self._units(side)[0]]
+
+    def _units(self, side: str) -> tuple[Rows, Rows]:
+        """The first row of each unit, and the unit of each row: a scan whose labelled rows agree, else a row."""
+        rows: Rows = getattr(self.task, side)
+        values = np.asarray(self.task.target.values)[rows].reshape(len(rows), -1)
+        scan = self.task.store.index.scan[rows].astype(np.int64)
+        _, first, unit = np.unique(scan, return_index=True, return_inverse=True)
+        if not np.array_equal(values, values[first][unit]):
+            return rows, np.arange(len(rows))
+        return rows[first], unit
 
 
 class MaskScorer:

@@ -73,6 +73,7 @@ def _of_card(settings: FinetuneRecipe, store: Store, source: str | Path) -> tupl
             )
         if "drop_path" in given:  # it has no weights
             config = config.model_copy(update={"drop_path": named.drop_path})
+        settings = settings.model_copy(update={"backbone": config.model_copy(update={"init": RANDOM})})
     artifact.check_fits(card, store.modality, int(store.index.channels.max()))
     artifact.policy(card)  # refuses one that normalises otherwise
     return config, settings.model_copy(update={"data": _data(settings.data, card, source)})

@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from sslmed import artifact
 from sslmed.config import DataError
 from sslmed.console import say
 from sslmed.data.store import Store
@@ -20,7 +17,7 @@ from sslmed.supervised.arms import Arm
 from sslmed.supervised.result import conclude
 from sslmed.supervised.starting import RANDOM
 from sslmed.supervised.task import labelled, target_of
-from sslmed.supervised.tuning import carry_out, open_run, prepare
+from sslmed.supervised.tuning import Job, carry_out, open_run, prepare
 
 FINETUNED = "fine-tuned"
 RUNS = "runs"
@@ -58,13 +55,24 @@ def drawable(
     return [budget for budget in budgets if budget.text not in left], skipped
 
 
-def fine_tune(recipe: FinetuneRecipe, store: Store, cell: Cell, folder: Path) -> Path:
-    """Carry out a cell, or go on with it; its run. A finished one is left as it is."""
+def prepared(recipe: FinetuneRecipe, store: Store, cell: Cell) -> Job:
+    """A cell that could begin.
+
+    Raises:
+        UsageError, MissingInputError, DataError: see `tuning.prepare`.
+    """
     labels = recipe.labels.model_copy(update={"budget": cell.budget, "seed": cell.seed})
     train = recipe.train.model_copy(update={"seed": cell.seed})
     settings = cell.arm.recipe(recipe).model_copy(update={"labels": labels, "train": train})
+    return prepare(settings, store, cell.arm.source)
+
+
+def fine_tune(recipe: FinetuneRecipe, store: Store, cell: Cell, folder: Path) -> Path:
+    """Carry out a cell, or go on with it; its run. A finished one is left as it is."""
     out = folder / RUNS / cell.name
-    job = prepare(settings, store, cell.arm.source)
+    if out.is_dir() and not (out / "run.json").exists():
+        shutil.rmtree(out)  # killed while it was being made
+    job = prepared(recipe, store, cell)
     run = open_run(job, out, resume=(out / "run.json").exists())
     if run.done:
         run.close()
@@ -120,9 +128,7 @@ class _Labels:
 
     @staticmethod
     def load(run: Path) -> predictions.Predictions:
-        kept, head = predictions.read(run), artifact.read_card(run).head
-        cuts = None if head is None or head.thresholds is None else np.array(head.thresholds)
-        return predictions.Predictions(kept.row, kept.patient, kept.target, kept.scores, kept.classes, cuts)
+        return predictions.read(run)
 
     @staticmethod
     def measures(first: predictions.Predictions) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from sslmed.recipe import FinetuneRecipe
 from sslmed.supervised.starting import policy_of
 
 SHOWN = 3
+REMEDY = "Label some with sslmed label, or ingest again with a --split file that gives this side patients who show it"
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def labelled(settings: FinetuneRecipe, store: Store, target: Target, side: str, 
     rows = store.rows(side)
     rows = rows[target.known[rows]]
     tiles = settings.head.tiles  # type: ignore[attr-defined]
-    return _large(store, rows, settings.data, skipped) if tiles else rows
+    return _large(store, rows, settings.data, side, skipped) if tiles else rows
 
 
 def draw(store: Store, target: Target, train: Rows, budget: str, seed: int) -> Rows:
@@ -130,19 +131,21 @@ def draw(store: Store, target: Target, train: Rows, budget: str, seed: int) -> R
     return train[drawn[0].rows]
 
 
-def _large(store: Store, rows: Rows, data: DataConfig, skipped: list[str]) -> Rows:
+def _large(store: Store, rows: Rows, data: DataConfig, side: str, skipped: list[str]) -> Rows:
     """The rows whose images are at least as large as a tile."""
     height, width = sides(data.size)
     small = (store.index.height[rows] < height) | (store.index.width[rows] < width)
     if len(rows) and small.all():
         first = rows[0]
         raise DataError(
-            f"all {len(rows)} images with masks of {store.path} on one side of the split are smaller than a tile of "
-            f"{height} x {width} pixels (such as {store.index.height[first]} x {store.index.width[first]});\n"
+            f"all {len(rows)} {side} images with masks of {store.path} are smaller than a tile of {height} x {width} "
+            f"pixels (such as {store.index.height[first]} x {store.index.width[first]});\n"
             "give a smaller data.size, or head.input=whole"
         )
     if small.any():
-        skipped.append(f"{int(small.sum())} images smaller than a tile of {height} x {width} pixels are left out")
+        skipped.append(
+            f"{int(small.sum())} {side} images smaller than a tile of {height} x {width} pixels are left out"
+        )
     return rows[~small]
 
 
@@ -152,7 +155,7 @@ def _check(store: Store, target: Target, train: Rows, val: Rows, test: Rows) -> 
         if not len(rows) and (name == "test" or target.kind == "mask"):
             what = "a mask" if target.kind == "mask" else f"a label '{target.name}'"
             need = {"val": "training needs some to know when to stop", "test": "without them there is no honest score"}
-            raise DataError(f"no {name} patient of {store.path} has {what}; {need[name]}")
+            raise DataError(f"no {name} patient of {store.path} has {what}; {need[name]}.\n{REMEDY}")
     known = presence[train].any(axis=0)
     strange = presence[np.concatenate([val, test])].any(axis=0) & ~known
     if strange.any():
@@ -164,7 +167,8 @@ def _check(store: Store, target: Target, train: Rows, val: Rows, test: Rows) -> 
     if target.kind == "mask":
         if not presence[val][:, 1:].any():
             raise DataError(
-                f"the val patients of {store.path} show no class but {target.classes[0]}; early stopping needs some"
+                f"the val patients of {store.path} show no class but {target.classes[0]}; early stopping needs some.\n"
+                f"{REMEDY}"
             )
     elif not _two_sided(target, val):
         raise DataError(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sslmed import artifact
-from sslmed.config import UsageError
+from sslmed.config import DataError, UsageError
 from sslmed.data import modality
 from sslmed.data.loading import ViewDataset
 from sslmed.data.modality import Modality
@@ -64,7 +64,8 @@ def prepare(recipe: FinetuneRecipe, store: Store, source: str | Path) -> Job:
     seed_everything(settings.train.seed)
     kind = HEADS[settings.head.name]  # type: ignore[attr-defined]
     head = kind(settings.head, begun.start.backbone, len(task.target.classes), task.target.kind)
-    head.balance(_counts(task))
+    if head.config.weighted:
+        head.balance(_counts(task))
     head.prepare(settings.optim, settings.train.batch_size, settings.train.total_steps(len(task.train)), 0)
     applied = Applied(head, task.policy, settings.data.size, task.channels, task.tiles, task.shrunk_to)
     return Job(settings, begun, task, head, scorer(task, applied))
@@ -131,7 +132,7 @@ def _fit(job: Job, run: Run) -> int:
     steps = steps_per_epoch(len(task.train), train.batch_size)
     monitor = Monitor(MonitorConfig(knn_every=0, collapse="off"), run, train.batch_size, steps)
     average = WeightAverage(head.config.ema)
-    stop = EarlyStopping(settings.stop, run, head.metrics()[0], job.scorer.val, average)
+    stop = EarlyStopping(settings.stop, run, head.metrics()[0], job.scorer.val, average, begin=head.config.probe_steps)
     fit(
         head,
         dataset,
@@ -187,7 +188,9 @@ def _head_card(job: Job) -> artifact.HeadCard:
 
 
 def _known(job: Job, familiar: Rows) -> familiarity.Familiarity | None:
-    """What usual images look like; None where the network's maps cannot be had."""
+    """What usual images look like; None where the network's maps cannot be had, or a single image is all there is."""
+    if len(familiar) < 2:
+        return None
     try:
         train = _appearances(job, familiar)
     except UsageError:
@@ -209,12 +212,17 @@ def _mirrors(policy: Modality) -> tuple[str, ...]:
 
 
 def _at_most(train: TrainConfig, images: int) -> TrainConfig:
-    """Smaller steps where there are fewer images than a step takes."""
+    """Smaller steps where there are fewer images than a step takes; each of their parts still has two.
+
+    Raises:
+        DataError: there is one image.
+    """
+    if images < 2:
+        raise DataError("one labelled train image is not enough: BatchNorm needs two; give a larger labels.budget")
     if images >= train.batch_size:
         return train
-    whole = images - images % train.accumulate
-    smaller = {"batch_size": whole} if whole else {"batch_size": images, "accumulate": 1}
-    return train.model_copy(update=smaller)
+    parts = max(count for count in range(1, train.accumulate + 1) if images // count >= 2)
+    return train.model_copy(update={"batch_size": images - images % parts, "accumulate": parts})
 
 
 def _counts(task: Task) -> torch.Tensor:

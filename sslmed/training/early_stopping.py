@@ -28,12 +28,20 @@ class StopConfig(Config):
 class EarlyStopping(pl.Callback):
     """Calls ``score`` every ``check_every`` steps and at the end. Its state, best weights included, is checkpointed.
 
-    ``average`` is what is scored and kept where it averages anything; it must come before among the callbacks.
+    ``average`` is what is scored and kept where it averages anything; it must come before among the callbacks. Up to
+    step ``begin`` the best weights are kept, but nothing counts towards stopping.
     """
 
     def __init__(
-        self, config: StopConfig, run: Run, name: str, score: Callable[[], float], average: WeightAverage | None = None
+        self,
+        config: StopConfig,
+        run: Run,
+        name: str,
+        score: Callable[[], float],
+        average: WeightAverage | None = None,
+        begin: int = 0,
     ) -> None:
+        self.begin = begin
         self.config, self.run, self.name, self.score = config, run, name, score
         self.average = average or WeightAverage(0)
         self.best, self.best_step, self.worse = -math.inf, 0, 0
@@ -76,7 +84,7 @@ class EarlyStopping(pl.Callback):
         if score > self.best:
             self.best, self.best_step, self.worse = score, step, 0
             self.weights = {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
-        else:
+        elif step > self.begin:
             self.worse += 1
 
     def _stop_if_due(self, trainer: pl.Trainer) -> None:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from sslmed.config import UsageError
-from sslmed.data.sampling import StreamSampler, steps_per_epoch
+from sslmed.data.sampling import FAR, StreamSampler, steps_per_epoch
 
 ROWS = np.array([3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377])
 
@@ -100,8 +100,18 @@ def balanced(batch_size: int = 3, steps: int = 12, seed: int = 0, **how: int) ->
 def epochs(batches: list[list[Address]]) -> list[list[int]]:
     found: dict[int, list[int]] = {}
     for epoch, row in flat(batches):
-        found.setdefault(epoch, []).append(row)
+        found.setdefault(epoch % FAR, []).append(row)
     return list(found.values())
+
+
+def test_no_address_comes_twice() -> None:
+    """A row that comes again is another view of it: the same address would be the same picture, bit for bit."""
+    addresses = flat(balanced(9, steps=20))
+    assert len(set(addresses)) == len(addresses)
+    often = [row for epoch, row in addresses if epoch >= FAR]
+    assert often, "a stratum of one row comes three times an epoch"
+    turns = sorted({epoch // FAR for epoch, row in addresses if row == often[0]})
+    assert turns == list(range(len(turns)))
 
 
 def test_every_stratum_is_met_equally_often_in_every_epoch() -> None:

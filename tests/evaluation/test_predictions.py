@@ -47,7 +47,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_the_file_is_for_people_too(tmp_path: Path) -> None:
     (path,) = runs(tmp_path, made(1))
     header, first, *_ = (path / NAME).read_text().splitlines()
-    assert header == "row,patient,target,probability:clear,probability:nodule"
+    assert header == "row,patient,target,probability:clear,probability:nodule,called:clear,called:nodule"
     assert first.startswith(f"100,{0:032x},clear,0.")
 
 
@@ -58,12 +58,14 @@ def test_the_file_is_for_people_too(tmp_path: Path) -> None:
         "",
         "row,patient\n1,2\n",
         "row,patient,target\n1,b,a\n",
-        "row,patient,target,probability:a\nx,y,a,1\n",
-        "row,patient,target,probability:a\n1,y,b,1\n",
-        "row,patient,target,probability:a\n1,y,a\n",
-        "row,patient,target,probability:a\n1,y,a,0.5,0.5\n",
-        "row,patient,target:a,probability:b\n1,y,1,1\n",
-        "row,patient,target:a,probability:a\n1,y,2,1\n",
+        "row,patient,target,probability:a\n1,y,a,1\n",
+        "row,patient,target,probability:a,called:a\nx,y,a,1,1\n",
+        "row,patient,target,probability:a,called:a\n1,y,b,1,1\n",
+        "row,patient,target,probability:a,called:a\n1,y,a,1,yes\n",
+        "row,patient,target,probability:a,called:a\n1,y,a,1\n",
+        "row,patient,target,probability:a,called:a\n1,y,a,0.5,0.5,1\n",
+        "row,patient,target:a,probability:b,called:b\n1,y,1,1,1\n",
+        "row,patient,target:a,probability:a,called:a\n1,y,2,1,1\n",
     ],
 )
 def test_what_is_no_prediction_is_a_data_error(content: str | None, tmp_path: Path) -> None:
@@ -85,30 +87,38 @@ def test_findings_are_written_with_what_is_unknown_blank(tmp_path: Path) -> None
     whole = findings(1)
     (path,) = runs(tmp_path, whole)
     header, first, second, *_ = (path / NAME).read_text().splitlines()
-    assert header == "row,patient,target:clear,target:nodule,probability:clear,probability:nodule"
+    names = (
+        "target:clear",
+        "target:nodule",
+        "probability:clear",
+        "probability:nodule",
+        "called:clear",
+        "called:nodule",
+    )
+    assert header == ",".join(("row", "patient", *names))
     assert first.startswith(f"100,{0:032x},,1,0.")
     assert second.startswith(f"101,{0:032x},0,1,0.")
-    again = read(path, whole.thresholds)
+    again = read(path)
     assert again.same_test(whole)
     assert again.target.dtype == np.int64
     np.testing.assert_allclose(again.scores, whole.scores, rtol=1e-8)
-    np.testing.assert_array_equal(again.thresholds, whole.thresholds)
-    assert read(path).thresholds is None
+    np.testing.assert_array_equal(again.called, whole.called)
+    assert 0 < whole.called.mean() < 1
 
 
 def test_findings_and_thresholds_are_compared(tmp_path: Path) -> None:
     better, base = findings(2, 1), replace(findings(0.5, 2), thresholds=None)
     paths = runs(tmp_path, better, base)
     at_hand = compare({"pretrained": [better], "random": [base]}, "random", replicates=50)
-    cuts = {paths[0]: better.thresholds, paths[1]: None}
-    read_again = compare({"pretrained": paths[:1], "random": paths[1:]}, "random", 50, thresholds_of=cuts.__getitem__)
+    read_again = compare({"pretrained": paths[:1], "random": paths[1:]}, "random", 50)
     for one, other in zip(at_hand, read_again, strict=True):
         assert one.value.mean == pytest.approx(other.value.mean)
     found = {(each.arm, each.metric): each.value.mean for each in at_hand}
     for name, metric in metrics.METRICS.items():
         want = metric(better.target, better.scores, thresholds=np.array([0.3, 0.6]))
         assert found["pretrained", name] == pytest.approx(want)
-    uncut = {(each.arm, each.metric): each.value.mean for each in compare({"pretrained": paths[:1]}, "pretrained", 50)}
+    plain = replace(better, thresholds=None)
+    uncut = {(each.arm, each.metric): each.value.mean for each in compare({"pretrained": [plain]}, "pretrained", 50)}
     assert uncut["pretrained", "recall"] != found["pretrained", "recall"]
     assert uncut["pretrained", "auroc"] == pytest.approx(found["pretrained", "auroc"])
 
