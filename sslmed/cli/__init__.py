@@ -243,7 +243,7 @@ def evaluate(
     recipe: Annotated[
         str | None, typer.Option(metavar="RECIPE", help="Fine-tune every start by it instead of probing features.")
     ] = None,
-    target: Annotated[str | None, typer.Option(help="The label column; by default the store's first.")] = None,
+    target: Annotated[str | None, typer.Option(help="The label that probes learn; by default as finetune.")] = None,
     budgets: Annotated[
         str | None,
         typer.Option(metavar="B,B", help="Shares of labelled patients, or k=N of each class.", show_default=False),

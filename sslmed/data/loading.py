@@ -35,8 +35,8 @@ class DataConfig(Config):
         size: of the network input, pixels: the side of a square, or height and width.
         workers: processes that prepare batches; ``auto`` leaves two cores to the trainer, 0 does the work in its
             process.
-        target: the label column that probes and heads use; by default the store's first. For a head also a list of 0/1
-            columns, its findings (``sslmed.data.targets``).
+        target: the label column that a head, or the kNN monitor, uses; by default the store's first, for a head all 0/1
+            columns where that is one of several. For a head also a list of 0/1 columns, its findings.
         positives: where the views of a sample but the first come from: its own ``image``, or another one of the same
             patient, study or series (``sslmed.data.positives``).
         neighbour_mm: how far apart in their series two neighbours may lie.
