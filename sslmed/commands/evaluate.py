@@ -64,7 +64,7 @@ def evaluate(
         beside: More starts: ``imagenet``, a weight file of the model's network, a run or an artifact.
         recipe: For fine-tuning: a shipped name, such as ``xray/classification``, or a file.
         overrides: ``section.key=value`` settings on top of the recipe.
-        target: The label column that probes learn; by default what `targets.labels` takes. A recipe has ``data.target``.
+        target: The label that probes learn; by default what `targets.labels` takes. A recipe has ``data.target``.
         budgets: Shares of the labelled train patients, or ``k=N`` patients of each class (of masks: in all), parted by
             commas. By default ``k`` for stores of under 200 labelled train patients, else shares.
         seeds: Label draws a budget, at least 1; by default 5, of fine-tunings 3.
