@@ -121,7 +121,7 @@ def measure(train: Array, held_out: Array) -> Familiarity:
     features = train.astype(np.float64)
     mean, deviation = features.mean(axis=0), features.std(axis=0)
     # A channel that says the same of every training image would turn any other answer into an infinite distance.
-    deviation = np.maximum(deviation, 1e-2 * np.median(deviation) + 1e-12)
+    deviation = np.maximum(deviation, 1e-2 * np.median(deviation) + 1e-6)
     shrunk, _ = ledoit_wolf((features - mean) / deviation, assume_centered=True)
     covariance = shrunk * np.outer(deviation, deviation)
     usual = Familiarity(mean.astype(np.float32), covariance.astype(np.float32), np.inf)

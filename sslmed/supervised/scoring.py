@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from sslmed.data.annotations.mask_values import VOID
 from sslmed.data.intensity import Intensity
 from sslmed.data.sampling import Rows
 from sslmed.data.store import Store
@@ -204,15 +205,21 @@ class MaskScorer:
         return Tested(overall, by_class, groups, unit, tuple(notes))
 
     def _units(self, side: str) -> Iterator[tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
-        """The scan's number, true and predicted labels: (H, W) of an image, (D, H, W) of a volume's labelled slices."""
+        """The scan's number, true and predicted labels: (H, W) of an image, (D, H, W) of a volume.
+
+        A volume reaches from its first slice with a mask to its last; what has none between them counts for nothing.
+        """
         rows, scans = getattr(self.task, side), self._scan_of(side)
         found = self.applied(images(self.task, rows))
         for number in np.unique(scans):
             own = rows[scans == number]
             true = np.stack([self.task.target.of(row, self.task.store) for row in own.tolist()])
             predicted = np.stack([np.asarray(next(found).labels) for _ in own])
-            alone = len(own) == 1 and int(self.task.store.scans.depth[number]) == 1
-            yield int(number), true[0] if alone else true, predicted[0] if alone else predicted
+            if int(self.task.store.scans.depth[number]) == 1:
+                yield int(number), true[0], predicted[0]
+            else:
+                depth = self.task.store.index.slice[own].astype(np.int64)
+                yield int(number), _at(depth, true, VOID), _at(depth, predicted, 0)
 
     def _scan_of(self, side: str) -> npt.NDArray[np.int64]:
         return np.asarray(self.task.store.index.scan[getattr(self.task, side)].astype(np.int64))
@@ -228,6 +235,13 @@ class MaskScorer:
     @property
     def _classes(self) -> int:
         return len(self.task.target.classes)
+
+
+def _at(depth: Rows, slices: npt.NDArray[np.uint8], otherwise: int) -> npt.NDArray[np.uint8]:
+    """The slices at their own depth, so that distances between them are true."""
+    whole = np.full((int(depth.max() - depth.min()) + 1, *slices.shape[1:]), otherwise, np.uint8)
+    whole[depth - depth.min()] = slices
+    return whole
 
 
 def _probabilities(logits: Floats, kind: str) -> Floats:

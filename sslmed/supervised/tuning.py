@@ -188,12 +188,14 @@ def _head_card(job: Job) -> artifact.HeadCard:
 
 
 def _known(job: Job, familiar: Rows) -> familiarity.Familiarity | None:
-    """What usual images look like; None where the network's maps cannot be had, or a single image is all there is."""
+    """What usual images look like; None where the network's maps cannot be had, or one picture is all there is."""
     if len(familiar) < 2:
         return None
     try:
         train = _appearances(job, familiar)
     except UsageError:
+        return None
+    if (np.ptp(train, axis=0) == 0).all():  # one picture over and over says nothing of what is usual
         return None
     return familiarity.measure(train, _appearances(job, _spread(job.task.val, FAMILIAR // 2)))
 
