@@ -232,8 +232,8 @@ class Bench:
         picture.write_bytes(curves(rows, self.about.headline, self.about.title))
         return f"""## {self.about.title}
 
-{self._sizes()} {self.about.remark}`{self.about.recipe}` with {", ".join(f"`{each}`" for each in self.about.overrides)}; pretraining
-`{self.about.pretrain[0]}` with {", ".join(f"`{each}`" for each in self.about.pretrain[1])}{self._from()}.
+{self._sizes()} {self.about.remark}`{self.about.recipe}` with {_quoted(self.about.overrides)}; pretraining
+`{self.about.pretrain[0]}` with {_quoted(self.about.pretrain[1])}{self._from()}.
 
 ![{self.about.headline} by budget](images/{picture.name})
 
@@ -273,6 +273,10 @@ class Bench:
             header = ["start", "temperature", "ECE before", "after", "Brier before", "after"]
             lines += [f"Calibration on val, from {last}, mean over seeds:", "", xrays.grid(header, calibrated)]
         return "\n".join(lines)
+
+
+def _quoted(settings: tuple[str, ...]) -> str:
+    return ", ".join(f"`{each}`" for each in settings)
 
 
 def _kept(run: Path) -> dict[str, Any]:
