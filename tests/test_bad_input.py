@@ -14,12 +14,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from sslmed import artifact, cli
 from sslmed.data.modality import MODALITIES, in_words
 from sslmed.data.store import Store
 from sslmed.data.writers import write_image
+from sslmed.heads.classification import Classification, ClassificationConfig
 from sslmed.methods.simclr import SimCLR
 from sslmed.models.backbones import BackboneConfig, build
 from sslmed.training import checkpoint
@@ -93,8 +93,8 @@ def model(phantom_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Pat
         ),
     )
     folder = tmp_path_factory.mktemp("model") / "artifact"
-    head = nn.Linear(backbone.num_features, 2)
-    artifact.write(folder, backbone.network, card, np.zeros((1, 8), np.uint8), head)
+    head = Classification(ClassificationConfig(), backbone, 2)
+    artifact.write(folder, backbone.network, card, np.zeros((1, 8), np.uint8), head.head)
     return folder
 
 

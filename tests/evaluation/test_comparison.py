@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from sslmed.evaluation.comparison import TITLES, Features, aligned, compare, markdown, text
+from sslmed.evaluation.comparison import TITLES, Features, aligned, compare, markdown, text, title
 from sslmed.evaluation.metrics import LOWER_IS_BETTER, METRICS, auroc
+from sslmed.evaluation.overlap import KINDS
 from sslmed.evaluation.probes import linear_scores
 from sslmed.evaluation.protocol import Interval, bootstrap_weights, draws, parse
 
@@ -62,7 +63,8 @@ def test_findings_have_a_probe_each(case: dict[str, np.ndarray]) -> None:
 
 
 def test_every_metric_has_a_title_and_a_direction(case: dict[str, np.ndarray]) -> None:
-    assert TITLES.keys() == METRICS.keys()
+    assert TITLES.keys() == METRICS.keys() | set(KINDS)
+    assert title("dice:nerve") == "Dice, nerve"
     noise = np.random.default_rng(1).normal(size=(70, 4))
     features = {"good": [Features(case["train"], case["test"])], "noise": [Features(noise[:40], noise[40:])]}
     drawn, _ = draws(case["train_ids"], case["train_y"], parse("100%"), seeds=[0])
