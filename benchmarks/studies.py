@@ -337,7 +337,7 @@ Each cell is one `sslmed finetune`: the same recipe, steps and labels from every
 Values are means over seeds (label draw, head and training) on test patients, with 95 % intervals by {REPLICATES}
 bootstrap replicates of test patients; differences are paired by patient. Early stopping and calibration read all
 labelled val patients, on top of the budget, for every start alike. Intervals do not cover another seed of pretraining:
-there was one. A hundred steps, or a few hundred, are few for random weights: what they lack here a longer training may give.
+there was one. A few hundred steps are little for random weights: what they lack here a longer training may give.
 
 {chr(10).join(sections.values())}"""
 
