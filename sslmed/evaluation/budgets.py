@@ -119,7 +119,6 @@ def draws(
     budgets: Sequence[Budget],
     seeds: Sequence[int],
     *,
-    labelled: Array | None = None,
     stratified: bool = True,
     classes: Sequence[str] = (),
 ) -> tuple[list[Draw], list[Skipped]]:
@@ -139,8 +138,6 @@ def draws(
         target: (N,) class indices, -1 for unlabelled; or (N, K) of what each image shows, booleans or 0, 1 and -1 for
             unknown. A row of -1 alone is unlabelled.
         seeds: One draw for each; at 100 % all seeds give the same set.
-        labelled: (N,) which images have a label, to leave out rows of a boolean ``target``; by default all that
-            ``target`` does not leave out. Others are never drawn.
         stratified: False for masks.
         classes: The K names, for what is skipped.
 
@@ -148,7 +145,7 @@ def draws(
         The draws, budgets in the order given and seeds within; and the budgets that were skipped.
     """
     shown, known = _shown(target)
-    rows = np.flatnonzero(known if labelled is None else known & labelled)
+    rows = np.flatnonzero(known)
     ids, owner = np.unique(patients[rows], return_inverse=True)
     pool = _Pool(_by_patient(shown[rows], owner, len(ids)), stratified, classes)
     names = [_text(patient) for patient in ids]

@@ -39,9 +39,8 @@ def heat_maps(backbone: Backbone, score: Score, images: torch.Tensor) -> torch.T
     A is the last map before pooling. Where a mean pools it, dY/dA_k is the same everywhere, and L is that of the paper,
     which takes the mean of dY/dA_k over places first. A class token depends on no patch that leaves the last block:
     then A are the patches as they enter that block's attention. There dY/dA_k differs, as the token attends to few of
-    them, and a mean would forget to which (HiResCAM: Draelos & Carin, arXiv 2011.08891; of two small ViTs the hottest
-    place was at a planted blob in 47 and 52 % of images with the mean, in 97 and 90 % without). What the token gathered
-    in earlier blocks is not shown: where maps matter, a transformer that pools by the mean is the better choice.
+    them, and a mean would forget to which (HiResCAM: Draelos & Carin, arXiv 2011.08891). What the token gathered in
+    earlier blocks is not shown: where maps matter, a transformer that pools by the mean is the better choice.
 
     Weights, gradients and training flags are as they were afterwards; no parameter needs a gradient.
 

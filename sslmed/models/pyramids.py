@@ -12,19 +12,18 @@ STRIDES = (4, 8, 16, 32)  # of the pyramid (ViTDet, section 3)
 WIDTH = 256  # of its maps (ViTDet, section 3)
 
 
-def neck(levels: Sequence[Level], channels: int | None = None) -> "Unchanged | SimpleFeaturePyramid":
+def neck(levels: Sequence[Level]) -> "Unchanged | SimpleFeaturePyramid":
     """The module that turns a backbone's maps into a pyramid; its ``levels`` say what comes out, fine to coarse.
 
     A hierarchical network's maps are a pyramid and pass as they are; of a plain ViT's one map a pyramid is made.
 
     Args:
-        levels: the backbone's.
-        channels: of a ViT's pyramid; by default 256, or the width of the ViT where that is less.
+        levels: the backbone's. A ViT's pyramid has 256 channels, or the width of the ViT where that is less.
     """
     if len(levels) > 1:
         return Unchanged(levels)
     (level,) = levels
-    return SimpleFeaturePyramid(level.channels, level.stride, channels or min(WIDTH, level.channels))
+    return SimpleFeaturePyramid(level.channels, level.stride, min(WIDTH, level.channels))
 
 
 class Unchanged(nn.Module):

@@ -176,11 +176,6 @@ def test_unknown_and_unlabelled_rows_are_never_drawn() -> None:
     chosen, _ = draws(patients, target, parse("50%,100%"), seeds=(0,))
     assert all((target[draw.rows] >= 0).any() for draw in chosen)
     assert chosen[1].everyone
-    labelled = np.arange(len(target)) % 2 == 0
-    for wanted in (target == 1, target):
-        (draw,), _ = draws(patients, wanted, parse("100%"), seeds=(0,), labelled=labelled)
-        assert labelled[draw.rows].all()
-        assert draw.everyone
 
 
 @given(count=st.integers(20, 60), seed=st.integers(0, 50))
