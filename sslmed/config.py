@@ -69,3 +69,11 @@ class Interrupted(SslmedError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class ElsewhereError(SslmedError):
+    """Another process of the same training failed, and tells it."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -6,7 +6,8 @@ import sys
 import traceback
 
 from sslmed import __version__
-from sslmed.config import DiskError, MissingDependencyError, SslmedError
+from sslmed.config import DiskError, ElsewhereError, MissingDependencyError, SslmedError
+from sslmed.console import tag
 
 MOST_LINES = 6  # of an error
 DISK_ERRORS = (
@@ -20,6 +21,8 @@ def of(error: BaseException) -> int:
     """The exit code of an error, once it has been told on standard error."""
     if isinstance(error, KeyboardInterrupt):
         return interrupted()
+    if isinstance(error, ElsewhereError):
+        return error.exit_code
     if isinstance(error, SslmedError):
         return _fail(str(error), error.exit_code)
     if isinstance(error, BrokenPipeError):  # the reader of our output has seen enough
@@ -43,7 +46,7 @@ def interrupted() -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print("\n".join(f"error: {message}".splitlines()[:MOST_LINES]), file=sys.stderr)
+    print("\n".join(f"{tag()}error: {message}".splitlines()[:MOST_LINES]), file=sys.stderr)
     return code
 
 

@@ -31,7 +31,11 @@ COMMAND_LINE = "command line"
 LARGEST = 64 * 1024  # characters; a recipe has about 500
 DEEPEST = 8
 MOST_LINES = 6
-FREE_ON_RESUME = ("data.workers:", "train.save_every_steps:", "monitor.")
+FREE_ON_RESUME = (
+    *("data.workers:", "monitor."),
+    *(f"train.{key}:" for key in ("save_every_steps", "keep_checkpoints", "timeout", "loggers")),
+    "train.devices:",  # how many processes, and of what kind, a run records by itself
+)
 INSTEAD = {"train.epochs": "train.max_steps", "train.max_steps": "train.epochs"}
 
 

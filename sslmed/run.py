@@ -10,7 +10,7 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import torch
 
-from sslmed import __version__, console
+from sslmed import __version__, console, distributed
 from sslmed.config import (
     DataError,
     Interrupted,
@@ -34,12 +34,17 @@ PACKAGES = ("torch", "torchvision", "pytorch-lightning", "timm", "albumentations
 
 
 class Run:
-    """One run folder, locked while this process works in it. As a context manager it records how the work ended."""
+    """One run folder, locked while this process works in it. As a context manager it records how the work ended.
 
-    def __init__(self, path: Path, state: dict[str, Any], lock: int) -> None:
+    Of several processes the first makes it and writes in it; the others follow.
+    """
+
+    def __init__(self, path: Path, state: dict[str, Any], lock: int | None) -> None:
+        """Without a ``lock`` this is one of the other processes of a training: it writes nothing but its own log."""
         self.path = path
         self._state = state
         self._lock = lock
+        self._mirrors: list[Callable[[int, dict[str, Any]], None]] = []
 
     @classmethod
     def start(cls, path: Path | str, command: str, recipe: str, facts: dict[str, Any]) -> Self:
@@ -53,7 +58,17 @@ class Run:
         Raises:
             OutputExistsError: something is there already.
         """
-        path = Path(path)
+        made: list[Self] = []
+
+        def make() -> dict[str, Any]:
+            made.append(cls._make(Path(path), command, recipe, facts))
+            return made[0]._state
+
+        state = distributed.first(make)
+        return made[0] if made else cls(Path(path), state, None)
+
+    @classmethod
+    def _make(cls, path: Path, command: str, recipe: str, facts: dict[str, Any]) -> Self:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise OutputExistsError(
                 f"the output {path} exists already; go on with the same command and --resume, or give another --out"
@@ -79,7 +94,17 @@ class Run:
             DataError: it is a run of another command.
             TemporaryError: another process works in it.
         """
-        path = Path(path)
+        made: list[Self] = []
+
+        def make() -> dict[str, Any]:
+            made.append(cls._open(Path(path), command))
+            return made[0]._state
+
+        state = distributed.first(make)
+        return made[0] if made else cls(Path(path), state, None)
+
+    @classmethod
+    def _open(cls, path: Path, command: str) -> Self:
         state = read(path)
         if state["command"] != command:
             raise DataError(f"{path} is a run of `sslmed {state['command']}`, not of `sslmed {command}`")
@@ -152,22 +177,34 @@ class Run:
 
     def log(self, step: int, **values: float | int | str | None) -> None:
         """Append one line to metrics.jsonl."""
+        if self._lock is None:
+            return
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+        for mirror in self._mirrors:
+            mirror(step, values)
+
+    def mirror(self, mirror: Callable[[int, dict[str, Any]], None]) -> None:
+        """Have ``mirror`` called with step and values of all that is logged from now on."""
+        self._mirrors.append(mirror)
 
     def rewind(self, step: int) -> None:
         """Forget metrics of later steps than ``step``: they will come again."""
         path = self.path / "metrics.jsonl"
-        if not path.exists():
+        if self._lock is None or not path.exists():
             return
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
         with write_atomically(path) as partial:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def say(self, line: str) -> None:
-        """Print a line and keep it in train.log."""
-        console.say(line)
-        with (self.path / "train.log").open("a", encoding="utf-8") as file:
+        """Print a line and keep it in train.log; the other processes have one of their own, and print nothing."""
+        name = "train.log"
+        if self._lock is None:
+            name = f"train-rank-{distributed.rank()}.log"
+        else:
+            console.say(line)
+        with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
 
     def __enter__(self) -> Self:
@@ -184,7 +221,8 @@ class Run:
 
     def close(self) -> None:
         """Let other processes in."""
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
 
     def _enter(self, status: str) -> Self:
         self._state |= {
@@ -193,6 +231,8 @@ class Run:
             "versions": versions(),
             "threads": torch.get_num_threads(),
         }
+        if self._lock is None:
+            return self
         write_json(self.path / "run.json", self._state)
         return self
 
@@ -252,7 +292,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def _interrupted(error: BaseException | None) -> bool:
-    return isinstance(error, (Interrupted, KeyboardInterrupt))
+    return isinstance(error, Interrupted | TemporaryError | KeyboardInterrupt)
 
 
 def _exit_code(error: BaseException | None) -> int:

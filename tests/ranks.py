@@ -1,5 +1,6 @@
 """Two gloo processes on the CPU, from one forkserver with the heavy imports done: only its start takes seconds."""
 
+import copy
 import io
 import multiprocessing
 import os
@@ -178,3 +179,201 @@ def finetune_in_process(store: str, out: str, settings: tuple[str, ...], resume:
         finetune(recipe, store, out, overrides=settings, resume=resume)
     except SslmedError as error:
         raise SystemExit(error.exit_code) from None
+
+
+def batchnorm_on_ranks(
+    layer: torch.nn.Module, inputs: torch.Tensor, weights: torch.Tensor, rows: tuple[int, int], synchronised: bool
+) -> dict[str, torch.Tensor]:
+    """One BatchNorm on this rank's rows, and the gradient of the sum of outputs times weights over all ranks.
+
+    Gradients of parameters are summed over ranks. The input's gradient is this rank's rows.
+    """
+    from sslmed import distributed
+    from sslmed.models.sync_batchnorm import synchronise
+
+    rank = distributed.rank()
+    layer = copy.deepcopy(layer)  # what is passed to processes is memory that they share
+    if synchronised:
+        layer = synchronise(layer, "cpu")
+    mine = inputs.split(rows)[rank].clone().requires_grad_()
+    outputs = layer(mine)
+    (outputs.to(weights.dtype) * weights.split(rows)[rank]).sum().backward()
+    for parameter in layer.parameters():
+        torch.distributed.all_reduce(parameter.grad)
+    found = {"outputs": outputs.detach(), "by inputs": mine.grad}
+    found |= {f"by {name}": parameter.grad for name, parameter in layer.named_parameters()}
+    return found | dict(layer.named_buffers())
+
+
+def batchnorm_gradient(method: str, batch: Any, synchronised: bool, checkpointed: bool = False) -> dict[str, Any]:
+    """DDP's gradient of a method with its BatchNorm on this rank's half of the batch, and its buffers afterwards."""
+    from sslmed import distributed
+    from sslmed.models.sync_batchnorm import synchronise
+
+    module = small_method(method).double()
+    if synchronised:
+        assert synchronise(module, "cpu") is module
+    if checkpointed:
+        module.backbone.checkpoint_gradients()
+    module.loss(half(batch, distributed.rank()))["loss"].backward()
+    found = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
+    for gradient in found.values():
+        torch.distributed.all_reduce(gradient)
+        gradient /= WORLD
+    return found | dict(module.named_buffers())
+
+
+def what_they_hear() -> dict[str, Any]:
+    """What the processes learn of each other through each of sslmed.distributed's questions."""
+    from sslmed import distributed
+
+    me = distributed.rank()
+    asked: list[int] = []
+
+    def work() -> list[Any]:
+        asked.append(me)
+        return ["from", me, {"a": None}]
+
+    return {
+        "world": [distributed.world_size(), me],
+        "exchange": [
+            distributed.exchange(value)
+            for value in (me, None, "größer ☃" * (1 + 5000 * me), {"x": [me] * (1 - me)}, [0.1 + me, float("inf")])
+        ],
+        "first": [distributed.first(work), distributed.first(lambda: None), asked],
+        "largest": [distributed.largest(me), distributed.largest(-me), distributed.largest((1 - me) * 2**40)],
+        "means": [distributed.means({"b": me + 0.5, "a": 1e300 * me, "n": 3.0}), distributed.means({})],
+        "gather": torch.stack(distributed.gather_cpu(torch.arange(6, dtype=torch.uint8).view(3, 2).T + me)),
+    }
+
+
+def who_fails(name: str) -> list[Any]:
+    """How ``sslmed.distributed.NAME`` ends on this process, for each of several ways to fail: class, words and code."""
+    import errno
+
+    from sslmed import distributed
+    from sslmed.config import DataError, MissingInputError, SslmedError
+
+    me = distributed.rank()
+    errors = [DataError("broken\nin two lines"), MissingInputError("gone")]
+    full = OSError(errno.ENOSPC, "disk full")
+    plans: list[dict[int, Exception]] = [{}, {0: errors[0]}, {1: errors[1]}, {0: errors[0], 1: errors[1]}, {0: full}]
+    ends: list[Any] = []
+    for plan in plans:
+        try:
+            if name == "together":
+                with distributed.together():
+                    _fail(plan.get(me))
+            elif name == "first":
+                distributed.first(lambda plan=plan: _fail(plan.get(me)))  # type: ignore[misc]
+            ends.append(None)
+        except (SslmedError, OSError) as error:
+            ends.append([type(error).__name__, str(error), getattr(error, "exit_code", 74)])
+    return ends
+
+
+def _fail(error: Exception | None) -> None:
+    if error is not None:
+        raise error
+
+
+def a_bug_on_rank_0() -> None:
+    """It does not come to the end of the block; the other process must not wait for it."""
+    from sslmed import distributed
+
+    with distributed.together():
+        if distributed.rank() == 0:
+            raise ZeroDivisionError
+
+
+def agreement(facts: list[dict[str, Any]]) -> str | None:
+    """What is said when each process has its own of ``facts``."""
+    from sslmed import distributed
+    from sslmed.config import UsageError
+
+    try:
+        distributed.agree(facts[distributed.rank()])
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+def one_run(folder: str) -> dict[str, Any]:
+    """What the processes of one training have of their run, and how it refuses them."""
+    import fcntl
+
+    from sslmed import distributed
+    from sslmed.run import Run
+
+    path, me = Path(folder) / "run", distributed.rank()
+    with Run.start(path, "pretrain", "recipe", {"seed": 3}) as run:
+        run.say(f"hello from {me}")
+        run.log(1, loss=0.5 + me)
+        run.log(2, loss=0.5)
+        run.rewind(1)
+        run.finish({"of": me})
+        distributed.exchange("said")
+        found: dict[str, Any] = {"id": run.fact("id"), "seed": run.fact("seed"), "result": run.result}
+    distributed.exchange("closed")
+    found["resumed"] = [_resumed(path), _refusal(lambda: Run.start(path, "pretrain", "recipe", {}))]
+    found["other command"] = _refusal(lambda: Run.resume(path, "finetune"))
+    found["absent"] = _refusal(lambda: Run.resume(path / "absent", "pretrain"))
+    found["in the way"] = _refusal(lambda: Run.start(path / "run.json" / "run", "pretrain", "recipe", {}))
+    with (path / ".lock").open() as lock:
+        if me == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        found["locked"] = _refusal(lambda: Run.resume(path, "pretrain"))
+    return found
+
+
+def _resumed(path: Path) -> list[Any]:
+    from sslmed.run import Run
+
+    run = Run.resume(path, "pretrain")
+    found = [run.fact("id"), run.done, run.result]
+    run.close()
+    return found
+
+
+def _refusal(open_it: Callable[[], Any]) -> list[Any]:
+    from sslmed.config import SslmedError
+
+    try:
+        open_it().close()
+    except SslmedError as error:
+        return [type(error).__name__, error.exit_code]
+    except OSError as error:
+        return [type(error).__name__, 74]
+    return []
+
+
+def pretrain_on_ranks(store: str, out: str, settings: tuple[str, ...], bad: int = 0) -> list[Any]:
+    """Pretrain with SimCLR as one of several processes; the loss number ``bad`` of rank 1 alone is not a number.
+
+    The error's class, code and words, or nothing; then the weights of this process as it has left them.
+    """
+    from sslmed import distributed
+    from sslmed.commands import pretrain as commands
+    from sslmed.config import SslmedError
+    from sslmed.methods.simclr import SimCLR
+
+    me = str(distributed.rank())
+    os.environ |= {"RANK": me, "LOCAL_RANK": me, "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
+    fitted: list[Any] = []
+    loss, fit, calls = SimCLR.loss, commands.fit, iter(range(1, 1000))
+
+    def sometimes_bad(method: Any, batch: Any) -> dict[str, torch.Tensor]:
+        outputs = loss(method, batch)
+        return outputs | {"loss": outputs["loss"] * float("nan")} if next(calls) == bad and me == "1" else outputs
+
+    def noted(module: Any, *rest: Any, **named: Any) -> Any:
+        fitted.append(module)
+        return fit(module, *rest, **named)
+
+    SimCLR.loss, commands.fit = sometimes_bad, noted  # type: ignore[method-assign]
+    try:
+        commands.pretrain("xray/simclr_resnet18", store, out, overrides=settings)
+        ended = []
+    except SslmedError as error:
+        ended = [type(error).__name__, error.exit_code, str(error)]
+    return [ended, dict(fitted[0].state_dict()) if fitted else {}]

@@ -22,7 +22,7 @@ from sslmed.data.writers import write_image
 from sslmed.heads.classification import Classification, ClassificationConfig
 from sslmed.methods.simclr import SimCLR
 from sslmed.models.backbones import BackboneConfig, build
-from sslmed.training import checkpoint
+from sslmed.training.checkpoint_files import newest
 
 QUICK = (
     "backbone.name=test_resnet",
@@ -276,7 +276,8 @@ def test_ctrl_c_while_pretraining_keeps_the_checkpoint(
     said = fails(130, "pretrain", "xray/simclr_resnet18", "--data", phantom_store.path, "--out", out, *QUICK)
     assert "stopped by SIGINT after step 2; the checkpoint is saved." in said
     assert "--resume" in said
-    assert checkpoint.steps_done(out / "checkpoints" / "last.ckpt") == 2
+    found = newest(out / "checkpoints" / "last.ckpt", print)
+    assert found is not None and found.step == 2
     assert json.loads((out / "run.json").read_text())["exit_code"] == 130
     assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 
 from sslmed.config import (
@@ -308,3 +309,32 @@ def test_what_is_said_is_kept(path: Path, capsys: pytest.CaptureFixture[str]) ->
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("", "step 1  größer\n")
     assert (path / "train.log").read_text(encoding="utf-8").endswith(" step 1  größer\n")
+
+
+# Of several processes.
+
+
+@pytest.mark.ddp
+def test_two_processes_have_one_run(tmp_path: Path) -> None:
+    zero, one = ranks.on_two_ranks(ranks.one_run, str(tmp_path))
+    path = tmp_path / "run"
+    assert zero["id"] == one["id"] == read(path)["id"]
+    assert (zero["seed"], one["seed"]) == (3, 3)
+    assert (read(path)["status"], read(path)["result"]) == ("done", {"of": 0}), "the first one's"
+    assert zero["resumed"] == [[zero["id"], True, {"of": 0}], ["OutputExistsError", 73]]
+    assert one["resumed"] == [[zero["id"], True, {"of": 0}], ["ElsewhereError", 73]]
+    for what, kind, code in (
+        ("other command", "DataError", 65),
+        ("absent", "MissingInputError", 66),
+        ("in the way", "NotADirectoryError", 74),
+        ("locked", "TemporaryError", 75),
+    ):
+        assert (zero[what], one[what]) == ([kind, code], ["ElsewhereError", code])
+    # written once, and what the other one has said lies beside
+    assert {file.name for file in path.iterdir()} == {
+        *("recipe.yaml", "run.json", "metrics.jsonl", "train.log", "train-rank-1.log", "checkpoints", ".lock"),
+    }
+    assert read_metrics(path) == [{"step": 1, "loss": 0.5}]
+    assert "hello from 0" in (path / "train.log").read_text()
+    assert (path / "train-rank-1.log").read_text().endswith(" hello from 1\n")
+    assert "hello from 1" not in (path / "train.log").read_text()

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from sslmed.console import process_rank
+
 
 class Result(Protocol):
     """What every command returns."""
@@ -22,7 +24,9 @@ class Result(Protocol):
 
 
 def show(result: Result, as_json: bool) -> None:
-    """Print a result for people, or as one JSON object."""
+    """Print a result for people, or as one JSON object; of several processes the first does."""
+    if process_rank():
+        return
     if as_json:
         text = json.dumps(_plain(result.as_dict()), allow_nan=False)
     else:

@@ -2,11 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sslmed.data.input import open_store
-from sslmed.recipe import load_finetune
+from sslmed.distributed import first, together
+from sslmed.recipe import FinetuneRecipe, load_finetune
+from sslmed.run import read
 from sslmed.supervised.result import FinetuneResult, conclude
-from sslmed.supervised.tuning import carry_out, open_run, prepare
+from sslmed.supervised.tuning import open_run, prepare, score, train
+from sslmed.training.launch import goes_on, joined, launch
+from sslmed.training.trainer import device, processes
 
 
 def finetune(
@@ -39,10 +44,30 @@ def finetune(
         TrainingAborted: non-finite loss.
         Interrupted: a signal; the checkpoint is saved.
     """
-    job = prepare(load_finetune(recipe, overrides), open_store(data), start)
-    run = open_run(job, out, resume)
+    settings = load_finetune(recipe, overrides)
+    count = processes(settings.train)
+    if count > 1:
+        words = ["finetune", str(recipe), *overrides, "--data", str(data), "--from", str(start), "--out", str(out)]
+        launch([*words, "--resume"] if resume else words, count)
+        return FinetuneResult.from_dict(read(Path(out))["result"])
+    with joined(device(settings.train) == "cuda", settings.train.timeout):
+        return _finetune(settings, data, out, start, resume)
+
+
+def _finetune(
+    settings: FinetuneRecipe, data: str | Path, out: str | Path, start: str | Path, resume: bool
+) -> FinetuneResult:
+    with together():
+        job = prepare(settings, open_store(data), start)
+    run = open_run(job, out, resume or goes_on(out))
     if run.done:
         run.close()
         return FinetuneResult.from_dict(run.result)
     with run:
-        return conclude(job, run, start, carry_out(job, run))
+        best_step = train(job, run)
+
+        def conclusion() -> dict[str, Any]:
+            conclude(job, run, start, score(job, run, best_step))
+            return run.result
+
+        return FinetuneResult.from_dict(first(conclusion))

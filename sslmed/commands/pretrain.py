@@ -15,19 +15,21 @@ from sslmed.data.input import check_channels, open_store
 from sslmed.data.loading import ViewDataset, plain_loader
 from sslmed.data.modality import Modality
 from sslmed.data.positives import Positives
+from sslmed.data.raw_batches import RawDataset
 from sslmed.data.sampling import Rows, steps_per_epoch
 from sslmed.data.store import Store
 from sslmed.data.targets import one_label
+from sslmed.distributed import agree, first, together, world_size
 from sslmed.evaluation import metrics, probes
 from sslmed.methods import METHODS
 from sslmed.methods.method import Method
 from sslmed.recipe import PretrainRecipe, changes, dump, load_pretrain
-from sslmed.run import Run, read_metrics
-from sslmed.training.fit import fit, seed_everything
-from sslmed.training.monitors import Monitor
+from sslmed.run import Run, read, read_metrics
+from sslmed.training.fit import Fitted, fit, seed_everything
+from sslmed.training.launch import goes_on, joined, launch
 from sslmed.training.pictures import Pictures
 from sslmed.training.starts import Kind, Start, start, worded
-from sslmed.training.trainer import lightning_precision
+from sslmed.training.trainer import device, lightning_precision, processes
 
 PROBE_IMAGES = 1000  # at most, of train and of val: the probe while training is a thermometer, not a result
 BYTES_A_PARAMETER = 4 * (1 + 2) + 4  # weights and two moments in the checkpoint, weights in the artifact
@@ -109,12 +111,23 @@ def pretrain(
         Interrupted: a signal; the checkpoint is saved.
     """
     settings = load_pretrain(recipe, overrides)
-    store = open_store(data)
-    rows = _training_rows(store)
-    settings.train.total_steps(len(rows))
-    method, dataset, begun, notes = _assemble(settings, store)
+    count = processes(settings.train)
+    if count > 1:
+        words = ["pretrain", str(recipe), *overrides, "--data", str(data), "--out", str(out)]
+        launch([*words, "--resume"] if resume else words, count)
+        return PretrainResult(**read(Path(out))["result"])
+    with joined(device(settings.train) == "cuda", settings.train.timeout):
+        return _pretrain(settings, data, out, resume)
+
+
+def _pretrain(settings: PretrainRecipe, data: str | Path, out: str | Path, resume: bool) -> PretrainResult:
+    with together():
+        store = open_store(data)
+        rows = _training_rows(store)
+        settings.train.total_steps(len(rows))
+        method, dataset, begun, notes = _assemble(settings, store)
     probe = _probe(method.exported, settings, store)
-    run = _open(settings, store, begun, out, resume)
+    run = _open(settings, store, begun, out, resume or goes_on(out))
     if run.done:
         run.close()
         return PretrainResult(**run.result)
@@ -122,26 +135,39 @@ def pretrain(
         run.say(f"pretraining {settings.backbone.name} with {settings.method.name} on {len(rows)} images")  # type: ignore[attr-defined]
         for line in () if resume else (*begun.lines, *notes):
             run.say(line)
-        batch_size, workers = settings.train.batch_size, settings.data.worker_count()
-        epoch_steps = steps_per_epoch(len(rows), batch_size)
-        monitor = Monitor(settings.monitor, run, batch_size, epoch_steps, probe)
-        pictures = Pictures(run, settings.monitor.pictures_every * epoch_steps)
+        epoch_steps = steps_per_epoch(len(rows), settings.train.batch_size)
         fitted = fit(
-            method, dataset, rows, settings.train, settings.optim, run, monitor, workers=workers, callbacks=[pictures]
+            method,
+            dataset,
+            rows,
+            settings.train,
+            settings.optim,
+            run,
+            monitor=settings.monitor,
+            workers=settings.data.worker_count(),
+            probe=probe,
+            callbacks=[Pictures(run, settings.monitor.pictures_every * epoch_steps)],
         )
-        data_card, seen = begun.described(artifact.describe(store, rows), artifact.fingerprint(store, rows))
-        card = _card(settings, store, data_card, begun, method, fitted.steps)
-        artifact.write(run.artifact, method.exported, card, seen)
-        result = PretrainResult(
-            str(run.path),
-            str(run.artifact),
-            fitted.steps,
-            fitted.seconds,
-            _last(run.path),
-            _next(run.path, store),
-        )
-        run.finish(result.as_dict())
-    return result
+        return PretrainResult(**first(lambda: _conclude(settings, store, begun, method, fitted, run, rows)))
+
+
+def _conclude(
+    settings: PretrainRecipe, store: Store, begun: Start, method: Method, fitted: Fitted, run: Run, rows: Rows
+) -> dict[str, Any]:
+    """Write the artifact, and what the run returns."""
+    data_card, seen = begun.described(artifact.describe(store, rows), artifact.fingerprint(store, rows))
+    card = _card(settings, store, data_card, begun, method, fitted.steps)
+    artifact.write(run.artifact, method.exported, card, seen)
+    result = PretrainResult(
+        str(run.path),
+        str(run.artifact),
+        fitted.steps,
+        fitted.seconds,
+        _last(run.path),
+        _next(run.path, store),
+    )
+    run.finish(result.as_dict())
+    return result.as_dict()
 
 
 def _next(run: Path, store: Store) -> str:
@@ -181,7 +207,9 @@ def _training_rows(store: Store) -> Rows:
     return rows
 
 
-def _assemble(settings: PretrainRecipe, store: Store) -> tuple[Method, ViewDataset, Start, tuple[str, ...]]:
+def _assemble(
+    settings: PretrainRecipe, store: Store
+) -> tuple[Method, ViewDataset | RawDataset, Start, tuple[str, ...]]:
     """Method, data and start weights, and what the user should know of method and data."""
     policy = modality.with_views(_policy(settings, store), settings.views)
     seed_everything(settings.train.seed)
@@ -198,7 +226,8 @@ def _assemble(settings: PretrainRecipe, store: Store) -> tuple[Method, ViewDatas
     notes = [positives.note()] if positives else []
     notes += method.notes(policy, settings.train.batch_size)
     views, size, seed = method.views(policy), settings.data.size, settings.train.seed
-    dataset = ViewDataset(store, policy, views, size, channels, seed, None, positives, slices)
+    kind = RawDataset if settings.data.augment_on == "device" else ViewDataset
+    dataset = kind(store, policy, views, size, channels, seed, None, positives, slices)
     return method, dataset, begun, tuple(notes)
 
 
@@ -225,12 +254,16 @@ def _open(settings: PretrainRecipe, store: Store, begun: Start, out: str | Path,
         "data_fingerprint": store.fingerprint,
         "start_weights": begun.weights,
         "precision": lightning_precision(settings.train),
+        "device": device(settings.train),
+        "processes": world_size(),
     }
+    agree({"recipe": dump(settings), **facts})
     if not resume:
         return Run.start(out, "pretrain", dump(settings), facts)
     run = Run.resume(out, "pretrain")
     before = load_pretrain(run.recipe)
-    run.refuse_changes(changes(_without_path(before), _without_path(settings)), facts)
+    with together():
+        run.refuse_changes(changes(_without_path(before), _without_path(settings)), facts)
     return run
 
 

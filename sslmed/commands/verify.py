@@ -9,7 +9,7 @@ from sslmed.config import DataError, MissingInputError
 from sslmed.console import command
 from sslmed.data.shards.format import STORE_JSON
 from sslmed.data.store import Store
-from sslmed.training import checkpoint
+from sslmed.training import checkpoint_files
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,11 @@ def verify(path: str | Path) -> VerifyResult:
     if (path / STORE_JSON).is_file():
         return _store(path)
     parts = []
-    if (path / "checkpoints" / "last.ckpt").is_file():
-        checkpoint.load(path / "checkpoints" / "last.ckpt")
-        parts.append("checkpoint")
+    checkpoints = sorted((path / "checkpoints").glob("*.ckpt"))
+    for checkpoint in checkpoints:
+        checkpoint_files.load(checkpoint)
+    if checkpoints:
+        parts.append("checkpoint" if len(checkpoints) == 1 else f"{len(checkpoints)} checkpoints")
     folder = artifact.resolve(path)
     card = artifact.read_card(folder)
     outcome = artifact.self_test(folder)

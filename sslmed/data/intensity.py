@@ -46,7 +46,10 @@ class Jitter(NamedTuple):
 
 
 class Normalise(Protocol):
-    """(pixels, intensity of their scan, jitter) -> float32; of windows alone is the jitter."""
+    """(pixels, intensity of their scan, jitter) -> float32; of windows alone is the jitter.
+
+    A value becomes what it becomes whatever its place in the image and its neighbours are.
+    """
 
     def __call__(self, pixels: Pixels, intensity: Intensity, jitter: Jitter = ..., /) -> Pixels: ...
 
@@ -97,7 +100,7 @@ def dtype_range(pixels: Pixels) -> Intensity:
     """Zero and the dtype's greatest value: the colours of a photo are meant as they stand. Mean and std are ImageNet's
     over its channels."""
     high = float(np.iinfo(pixels.dtype).max) if pixels.dtype.kind in "ui" else 1.0
-    return Intensity(0.0, high, high * float(_IMAGENET_MEAN.mean()), high * float(_IMAGENET_STD.mean()))
+    return Intensity(0.0, high, high * float(IMAGENET_MEAN.mean()), high * float(IMAGENET_STD.mean()))
 
 
 def hounsfield(_pixels: Pixels) -> Intensity:
@@ -207,16 +210,17 @@ def scored(pixels: Pixels, intensity: Intensity, _jitter: Jitter = STILL) -> Pix
     return np.asarray((clipped - np.float32(intensity.mean)) / np.float32(intensity.std))
 
 
-_IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-_IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 def as_imagenet(pixels: Pixels, intensity: Intensity, _jitter: Jitter = STILL) -> Pixels:
     """(clip((x - low) / (high - low), 0, 1) - mean) / std, per channel with ImageNet's; grey takes their averages."""
     unit = _unit(pixels, intensity.low, intensity.high)
     if pixels.ndim == 3:
-        return (unit - _IMAGENET_MEAN) / _IMAGENET_STD
-    return np.asarray((unit - _IMAGENET_MEAN.mean()) / _IMAGENET_STD.mean())
+        rows, width = unit.reshape(len(unit), -1), unit.shape[1]  # NumPy is slow over an axis of three
+        return ((rows - np.tile(IMAGENET_MEAN, width)) / np.tile(IMAGENET_STD, width)).reshape(unit.shape)
+    return np.asarray((unit - IMAGENET_MEAN.mean()) / IMAGENET_STD.mean())
 
 
 @dataclass(frozen=True)

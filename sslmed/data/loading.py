@@ -2,14 +2,14 @@
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, field_validator
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sslmed.config import Config, SslmedError, TemporaryError
 from sslmed.data.input import as_tensor, network_input
@@ -25,6 +25,10 @@ from sslmed.image_size import ImageSize
 from sslmed.keyed_rng import rng
 
 MOST_WORKERS = 8
+PREFETCH = 2
+# What torch says of a worker that was killed, and of one that finds no room in /dev/shm. An error that a worker raised
+# is a bug, and stays one.
+DEATHS = ("DataLoader worker (pid", "shared memory")
 FIRST, OTHERS = slice(0, 1), slice(1, None)
 
 
@@ -33,8 +37,10 @@ class DataConfig(Config):
 
     Attributes:
         size: of the network input, pixels: the side of a square, or height and width.
-        workers: processes that prepare batches; ``auto`` leaves two cores to the trainer, 0 does the work in its
-            process.
+        workers: processes that prepare batches; ``auto`` is as many as keep up with training, 0 does the work in the
+            trainer's process.
+        augment_on: where views are made: by the ``cpu``, in the workers; or on the training's own ``device``, from
+            images that workers only read (`sslmed.data.device_views`). Both make the same views, but for their noise.
         target: the label column that a head, or the kNN monitor, uses; by default the store's first, for a head all 0/1
             columns where that is one of several. For a head also a list of 0/1 columns, its findings.
         positives: where the views of a sample but the first come from: its own ``image``, or another one of the same
@@ -48,6 +54,7 @@ class DataConfig(Config):
 
     size: ImageSize = 96
     workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = "auto"
+    augment_on: Literal["cpu", "device"] = "cpu"
     target: str | tuple[str, ...] | None = None
     positives: Literal["image", "patient", "study", "neighbour"] = "image"
     neighbour_mm: Annotated[float, Field(gt=0)] = 5.0
@@ -96,12 +103,21 @@ class Batch:
     seed: int
     epoch: int
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The batch on ``device``."""
-        move = {"device": device, "non_blocking": non_blocking}
-        views = [view.to(**move) for view in self.views]  # type: ignore[call-overload]
-        target, ids, groups = (each.to(**move) for each in (self.target, self.ids, self.groups))  # type: ignore[call-overload]
-        return Batch(views, target, ids, groups, self.seed, self.epoch)
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "Batch":
+        """The batch on ``device``. By default the program goes on while a GPU fetches what lies in pinned memory."""
+        return self._each(
+            lambda tensor: tensor.to(
+                device=device, non_blocking=tensor.is_pinned() if non_blocking is None else non_blocking
+            )
+        )
+
+    def pin_memory(self) -> "Batch":
+        """The batch in memory that a GPU fetches from by itself; a DataLoader calls this."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        target, ids, groups = map(change, (self.target, self.ids, self.groups))
+        return replace(self, views=[change(view) for view in self.views], target=target, ids=ids, groups=groups)
 
 
 @dataclass(frozen=True)
@@ -199,17 +215,35 @@ class Loader(DataLoader[Any]):
                     raise batch
                 yield batch
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if not any(sign in str(error) for sign in DEATHS):
                 raise
             raise TemporaryError(
-                "a reading process died: for want of memory, or of `if __name__ == '__main__':` in your script. "
-                "Try again with fewer data.workers, or with 0."
+                "a reading process died: for want of memory, of room in /dev/shm, or of "
+                "`if __name__ == '__main__':` in your script.\n"
+                "Try again with fewer data.workers; 0 needs no /dev/shm. A container gets more of it with --shm-size."
             ) from error
 
 
-def stream_loader(dataset: ViewDataset, sampler: StreamSampler, workers: int) -> Loader:
-    """Batches in stream order; the same with any number of workers."""
-    return Loader(dataset, batch_sampler=sampler, collate_fn=Collate(sampler.seed), **_worker_options(workers))
+def stream_loader(
+    dataset: Dataset[Any],
+    sampler: StreamSampler,
+    workers: int,
+    prefetch: int = PREFETCH,
+    *,
+    pin: bool = False,
+    collate: Callable[[list[Any]], Any] | None = None,
+) -> Loader:
+    """Batches in stream order; the same with any number of workers.
+
+    Args:
+        prefetch: batches that each worker makes ahead.
+        pin: put batches where a GPU fetches them by itself.
+        collate: stacks the samples of ``dataset``; by default a `Collate`, for those of a `ViewDataset`.
+    """
+    stack = Shared(collate or Collate(sampler.seed))
+    return Loader(
+        dataset, batch_sampler=sampler, collate_fn=stack, pin_memory=pin, **_worker_options(workers, prefetch)
+    )
 
 
 def plain_loader(
@@ -225,7 +259,37 @@ def plain_loader(
 ) -> Loader:
     """Batches of one unaugmented view in the order of ``rows``."""
     dataset = PlainDataset(store, rows, modality, size, channels, slices)
-    return Loader(dataset, batch_size=batch_size, collate_fn=Collate(0), **_worker_options(workers))
+    return Loader(dataset, batch_size=batch_size, collate_fn=Shared(Collate(0)), **_worker_options(workers))
+
+
+class Shared:
+    """Stacks samples with ``collate``; a worker puts the batch into shared memory at once.
+
+    Left to the thread that sends it, a full /dev/shm would be printed there, and the trainer would wait for ever
+    (measured with torch 2.13).
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[Any]) -> Any:
+        batch = self.collate(samples)
+        if get_worker_info() is not None:
+            for tensor in tensors(batch):
+                tensor.share_memory_()
+        return batch
+
+
+def tensors(batch: Any) -> Iterator[torch.Tensor]:
+    """Those that a batch carries, in dataclasses and lists."""
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, list | tuple):
+        for each in batch:
+            yield from tensors(each)
+    elif is_dataclass(batch):
+        for field in fields(batch):
+            yield from tensors(getattr(batch, field.name))
 
 
 class Collate:
@@ -249,9 +313,14 @@ class Collate:
         return Batch(views, target, ids, groups, self.seed, samples[0].epoch)
 
 
-def _worker_options(workers: int) -> dict[str, Any]:
+def _worker_options(workers: int, prefetch: int = PREFETCH) -> dict[str, Any]:
     if not workers:
         return {"num_workers": 0}
     # not fork: a child forked after torch or OpenCV started threads can hang
     start = functools.partial(follow, os.getpid())
-    return {"num_workers": workers, "multiprocessing_context": "forkserver", "worker_init_fn": start}
+    return {
+        "num_workers": workers,
+        "multiprocessing_context": "forkserver",
+        "worker_init_fn": start,
+        "prefetch_factor": prefetch,
+    }

@@ -5,6 +5,7 @@ albumentations does the geometry. Its 2.0.8 repeats itself across epochs and wor
 Its intensity transforms clip float32 to [0, 1]; those here are a line or two of NumPy each and clip nothing.
 """
 
+import functools
 import math
 import os
 import random
@@ -150,7 +151,7 @@ class Augment:
             low, span = intensity.low, intensity.high - intensity.low
             unit = np.clip((view.astype(np.float32) - low) / span, 0, 1)
             view = stain.jitter(unit, config.stain, stream) * span + low
-        view = self.normalise(view, intensity, _jitter(config, stream))
+        view = _normalised(view, intensity, self.normalise, _jitter(config, stream))
         view = _intensity(view, config, stream)
         return view, None if mask is None else np.ascontiguousarray(moved["mask"])
 
@@ -194,15 +195,39 @@ def shrink(pixels: Pixels, size: int) -> Pixels:
 
 def _resize(pixels: Pixels, shape: tuple[int, int], averaged: bool) -> Pixels:
     """(H, W) or (H, W, n) to (height, width): over areas, or linearly between pixels."""
-    cv2 = _cv2()
-    method = cv2.INTER_AREA if averaged else cv2.INTER_LINEAR
     parts = [pixels]
     if pixels.ndim == 3:
         parts = [pixels[..., start : start + MOST_PLANES] for start in range(0, pixels.shape[2], MOST_PLANES)]
-    made = [cv2.resize(np.ascontiguousarray(part), shape[::-1], interpolation=method) for part in parts]
+    made = [_resize_planes(part, shape, averaged) for part in parts]
     if len(made) == 1:
         return np.asarray(made[0].reshape(*shape, *pixels.shape[2:]))  # a single plane has lost its axis
     return np.concatenate([part.reshape(*shape, -1) for part in made], axis=2)
+
+
+def _resize_planes(pixels: Pixels, shape: tuple[int, int], averaged: bool) -> Pixels:
+    cv2 = _cv2()
+    (height, width), (new_height, new_width) = pixels.shape[:2], shape
+    method = cv2.INTER_AREA if averaged else cv2.INTER_LINEAR
+    smaller = height > new_height and width > new_width and (height % new_height or width % new_width)
+    if averaged and smaller and pixels.dtype == np.uint8 and pixels.shape[2:] == (3,):
+        # OpenCV averages colours in float32 either way, and to whole numbers itself takes it half as long again
+        return np.asarray(cv2.convertScaleAbs(cv2.resize(pixels.astype(np.float32), shape[::-1], interpolation=method)))
+    return np.asarray(cv2.resize(pixels, shape[::-1], interpolation=method))
+
+
+def _normalised(pixels: Pixels, intensity: Intensity, normalise: Normalise, jitter: Jitter) -> Pixels:
+    """``normalise(pixels)``; bytes are looked up among what it makes of all 256, where a plane becomes a plane."""
+    planes = pixels.shape[2:]
+    if pixels.dtype == np.uint8 and (table := _table(normalise, intensity, jitter, planes)).shape[2:] == planes:
+        return np.asarray(_cv2().LUT(pixels, table).reshape(pixels.shape))  # a single plane loses its axis
+    return normalise(pixels, intensity, jitter)
+
+
+@functools.lru_cache(maxsize=64)
+def _table(normalise: Normalise, intensity: Intensity, jitter: Jitter, planes: tuple[int, ...]) -> Pixels:
+    """What becomes of each byte, (1, 256) or (1, 256, n)."""
+    values = np.arange(256, dtype=np.uint8).reshape(1, 256, *[1] * len(planes))
+    return normalise(np.broadcast_to(values, (1, 256, *planes)), intensity, jitter)
 
 
 def _jitter(config: ViewConfig, stream: np.random.Generator) -> Jitter:
@@ -215,16 +240,21 @@ def _geometry(config: ViewConfig, size: ImageSize, tile: bool) -> Any:
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else the import asks the network for a newer version
     import albumentations
 
+    class Crop(albumentations.RandomResizedCrop):
+        def apply(self, img: Pixels, crop_coords: tuple[int, int, int, int], **_: Any) -> Pixels:
+            left, top, right, bottom = crop_coords
+            crop = img[top:bottom, left:right]
+            return _resize(crop, (height, width), averaged=crop.shape[0] > height or crop.shape[1] > width)
+
     cv2 = _cv2()
     height, width = sides(size)
     aspect = tuple(ratio * (width / height) for ratio in config.aspect)
     steps: list[Any] = []
     if not tile:
-        crop = albumentations.RandomResizedCrop(
+        crop = Crop(
             (height, width),
             scale=config.crop,
             ratio=aspect,
-            area_for_downscale="image",
             mask_interpolation=cv2.INTER_NEAREST_EXACT,  # plain INTER_NEAREST reads half a pixel off the image's place
             p=1,
         )
@@ -244,16 +274,15 @@ def _intensity(view: Pixels, config: ViewConfig, stream: np.random.Generator) ->
     """Contrast, brightness, gamma, colour, grey, blur, solarize, noise. Draws only for knobs that are set."""
     if config.contrast or config.brightness:
         factor = 1 + stream.uniform(-config.contrast, config.contrast)
-        mean = view.mean()
-        view = (view - mean) * np.float32(factor) + np.float32(
-            mean + stream.uniform(-config.brightness, config.brightness)
-        )
+        shift = view.mean() * (1 - factor) + stream.uniform(-config.brightness, config.brightness)
+        view = _cv2().addWeighted(view, factor, view, 0, shift).reshape(view.shape)
     if config.gamma:
         view = _gamma(view, math.exp(stream.uniform(-config.gamma, config.gamma)))
     if config.colour and view.ndim == 3:
-        view = view * stream.uniform(1 - config.colour, 1 + config.colour, size=view.shape[2]).astype(np.float32)
+        factors = stream.uniform(1 - config.colour, 1 + config.colour, size=view.shape[2])
+        view = _mixed(view, np.diag(factors))
     if config.grey and view.ndim == 3 and stream.random() < config.grey:
-        view = np.repeat(view.mean(axis=2, keepdims=True), view.shape[2], axis=2)
+        view = _mixed(view, np.full((view.shape[2], view.shape[2]), 1 / view.shape[2]))
     if config.blur and stream.random() < config.blur:
         view = _cv2().GaussianBlur(view, (0, 0), stream.uniform(*config.blur_sigma))
     if config.solarize and stream.random() < config.solarize:
@@ -262,6 +291,11 @@ def _intensity(view: Pixels, config: ViewConfig, stream: np.random.Generator) ->
         sigma = stream.uniform(0, config.noise)
         view = view + np.float32(sigma) * stream.standard_normal(view.shape, dtype=np.float32)
     return np.ascontiguousarray(view, dtype=np.float32)
+
+
+def _mixed(view: Pixels, weights: Pixels) -> Pixels:
+    """Each plane of (h, w, n) as a sum of all of them, by a row of ``weights`` (n, n): far faster than NumPy's."""
+    return np.asarray(_cv2().transform(view, weights).reshape(view.shape))  # a single plane loses its axis
 
 
 def _gamma(view: Pixels, gamma: float) -> Pixels:

@@ -20,10 +20,11 @@ def follow(parent: int, *_: object) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
+    """End this process, at once, when ``parent`` is no more. For a thread of its own."""
     while True:
         try:
             os.kill(parent, 0)

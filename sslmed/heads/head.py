@@ -11,6 +11,7 @@ from torch import nn
 
 from sslmed.config import Config, UsageError
 from sslmed.data.loading import Batch
+from sslmed.data.raw_batches import RawBatch
 from sslmed.models.backbones import Backbone
 from sslmed.optim import OptimConfig, Parameters, decay_groups, scheduled
 
@@ -64,11 +65,14 @@ class Head(pl.LightningModule, ABC):
         needs: ``pooled`` features (N, D); or a ``pyramid``, which is a list of the images (N, C, H, W) and the
             backbone's maps from fine to coarse.
         temperature: what logits are divided by before they become probabilities; set by calibration on val patients.
+        sync_batchnorm: BatchNorm takes its statistics from the batches of all processes: those of few labels are small.
+        skipped: the optimizer step at hand changes nothing, because its numbers are not finite.
     """
 
     Config: ClassVar[type[HeadConfig]]
     kinds: ClassVar[tuple[Kind, ...]]
     needs: ClassVar[Literal["pooled", "pyramid"]]
+    sync_batchnorm: ClassVar[bool] = True
     head: nn.Module
     weights: torch.Tensor | None
 
@@ -83,6 +87,7 @@ class Head(pl.LightningModule, ABC):
         self.temperature = 1.0
         self.register_buffer("weights", None, persistent=False)
         self.monitored: dict[str, torch.Tensor] = {}
+        self.skipped = False
         if config.frozen:
             self.backbone.freeze(config.frozen)
 
@@ -121,6 +126,13 @@ class Head(pl.LightningModule, ABC):
         """Probabilities of images (N, C, H, W)."""
         return self.predict(self.features(images))
 
+    @property
+    def without_gradient(self) -> frozenset[str]:
+        """Trainable parameters that not every step reaches, by name: the backbone's while the head is probed."""
+        if not self.config.probe_steps:
+            return frozenset()
+        return frozenset(f"backbone.{name}" for name, _ in self.backbone.named_parameters())
+
     @final
     def parameter_groups(self, weight_decay: float) -> Parameters:
         """The head's parameters, and those of the backbone that are trained, each layer with its share of the rate.
@@ -150,6 +162,11 @@ class Head(pl.LightningModule, ABC):
                 "never be trained; give fewer, or head.frozen=all"
             )
         self._optim, self._batch_size, self._total_steps = optim, batch_size, total_steps
+
+    @final
+    def on_after_batch_transfer(self, batch: Batch | RawBatch, dataloader_idx: int) -> Batch:
+        """The views of a raw batch are made where it has come to."""
+        return batch.render() if isinstance(batch, RawBatch) else batch
 
     @final
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:

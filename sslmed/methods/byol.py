@@ -46,6 +46,7 @@ class BYOL(Method):
 
     Config = BYOLConfig
     compares_views = True
+    sync_batchnorm = True  # statistics go across devices (deepmind-research/byol, configs/byol.py: cross_replica_axis)
     # the target moves, so that the loss may rise while something is learnt
     overfit = Overfit(steps=60, quantity="twin_accuracy", least=0.9)
     config: BYOLConfig

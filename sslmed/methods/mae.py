@@ -14,7 +14,7 @@ from sslmed.data.loading import Batch
 from sslmed.data.modality import Modality, changed_knobs
 from sslmed.data.views import ViewConfig
 from sslmed.methods.method import Method, Overfit
-from sslmed.models.backbones import Backbone, BackboneConfig, TokenEncoder
+from sslmed.models.backbones import Backbone, BackboneConfig
 from sslmed.models.decoders import MAEDecoder, sine_cosine_positions, xavier
 from sslmed.models.masking import (
     foreground_mask,
@@ -24,6 +24,7 @@ from sslmed.models.masking import (
     random_mask,
     unpatchify,
 )
+from sslmed.models.token_encoder import TokenEncoder
 
 GEOMETRY = ("crop", "aspect", "hflip", "vflip", "rot90", "rotate")
 VARIANCE_FLOOR = 1e-6  # reference; in float16 it would be lost, hence targets in float32
@@ -146,7 +147,7 @@ class MAE(Method):
     def _predict(self, images: torch.Tensor, keep_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The encoder's tokens (N, prefix + K, D) and the decoder's prediction (N, L, values)."""
         tokens = self.encoder.encode(self.encoder.embed(images), keep_ids)
-        return tokens, self.decoder(tokens, keep_ids)
+        return tokens, self.decoder(tokens, keep_ids, self.encoder.checkpoints)
 
 
 def reconstruction_error(

@@ -11,6 +11,7 @@ from torch import nn
 from sslmed.config import Config
 from sslmed.data.loading import Batch
 from sslmed.data.modality import Modality
+from sslmed.data.raw_batches import RawBatch
 from sslmed.data.views import ViewConfig
 from sslmed.models.backbones import Backbone, BackboneConfig
 from sslmed.optim import OptimConfig, Parameters, decay_groups, scheduled
@@ -56,6 +57,8 @@ class Method(pl.LightningModule, ABC):
         example_settings: of its config, where the default is too large for them.
         overfit: how the contract test sees that it learns.
         without_gradient: trainable parameters that the loss does not reach, by name.
+        sync_batchnorm: BatchNorm takes its statistics from the batches of all processes.
+        skipped: the optimizer step at hand changes nothing, because its numbers are not finite.
     """
 
     Config: ClassVar[type[Config]]
@@ -64,12 +67,14 @@ class Method(pl.LightningModule, ABC):
     example_settings: ClassVar[dict[str, Any]] = {}
     overfit: ClassVar[Overfit] = Overfit(steps=60, ratio=0.5)
     without_gradient: ClassVar[frozenset[str]] = frozenset()
+    sync_batchnorm: ClassVar[bool] = False
 
     def __init__(self, config: Any, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
         self.backbone = backbone
         self.monitored: dict[str, torch.Tensor] = {}
+        self.skipped = False
 
     @abstractmethod
     def views(self, modality: Modality) -> tuple[ViewConfig, ...]:
@@ -80,7 +85,7 @@ class Method(pl.LightningModule, ABC):
         """``loss``, a scalar with gradient; ``embeddings`` (N, D) that must not collapse; any scalars worth logging."""
 
     def after_step(self, progress: Progress) -> None:
-        """Called once after every performed optimizer step: momentum encoders, queues, temperatures."""
+        """Called once after every performed, not skipped, optimizer step: momentum encoders, queues, temperatures."""
 
     def notes(self, modality: Modality, batch_size: int) -> list[str]:
         """What the user should know before training on such images with such a global batch, a sentence a line."""
@@ -111,6 +116,11 @@ class Method(pl.LightningModule, ABC):
         self._total_steps, self._steps_per_epoch = total_steps, steps_per_epoch
 
     @final
+    def on_after_batch_transfer(self, batch: Batch | RawBatch, dataloader_idx: int) -> Batch:
+        """The views of a raw batch are made where it has come to."""
+        return batch.render() if isinstance(batch, RawBatch) else batch
+
+    @final
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         outputs = self.loss(batch)
         self.monitored = {name: value.detach() for name, value in outputs.items()}
@@ -124,5 +134,7 @@ class Method(pl.LightningModule, ABC):
     @final
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        if self.skipped:
+            return
         step = self.trainer.global_step + 1  # Lightning counts this step only after the hook
         self.after_step(Progress(step, self._total_steps, step // self._steps_per_epoch, self._batch_size))

@@ -42,6 +42,7 @@ class SimCLR(Method):
 
     Config = SimCLRConfig
     compares_views = True
+    sync_batchnorm = True  # global_bn is on by default (google-research/simclr, run.py; paper, section 2.2)
     config: SimCLRConfig
 
     def __init__(self, config: SimCLRConfig, backbone: Backbone) -> None:

@@ -7,18 +7,21 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, cast
 import timm
 import torch
 from pydantic import Field
-from timm.layers.patch_embed import PatchEmbed, resample_patch_embed
+from timm.layers.norm_act import BatchNormAct2d as BatchNormAct2d  # for sync_batchnorm
+from timm.layers.norm_act import SyncBatchNormAct as SyncBatchNormAct
+from timm.layers.patch_embed import PatchEmbed as PatchEmbed  # for token_encoder
+from timm.layers.patch_embed import resample_patch_embed
 from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.models.eva import Eva
+from timm.models.eva import Eva as Eva
 from timm.models.vision_transformer import Block as Block  # for decoders
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer as VisionTransformer
 from torch import nn
 
 from sslmed.config import Config, MissingInputError, UsageError
 from sslmed.image_size import ImageSize, in_words, sides
 from sslmed.keyed_rng import key
 from sslmed.models.layer_order import layer_numbers
-from sslmed.models.masking import take_tokens
+from sslmed.models.recomputation import note_statistics_once
 
 
 class BackboneConfig(Config):
@@ -132,6 +135,28 @@ class Backbone(nn.Module):
         self._frozen = tuple(_wholly_in(self.network, frozen))
         self.train(self.training)
 
+    def checkpoint_gradients(self) -> None:
+        """From now on keep for the backward pass only what enters each block, and compute the rest once more then.
+
+        That saves most of the activations' memory for about a third more time. It is timm's: networks differ in what
+        is a block, and ``maps`` checkpoints where ``forward`` does. Gradients stay the same to the bit, dropout and
+        stochastic depth are drawn the same again, and BatchNorm's statistics count a batch once.
+
+        Raises:
+            UsageError: timm cannot do this with the network.
+        """
+        switch = getattr(self.network, "set_grad_checkpointing", None)
+        try:
+            if switch is None:
+                raise AssertionError
+            switch(True)
+        except AssertionError as error:  # what timm raises too
+            raise UsageError(
+                f"timm cannot checkpoint the gradients of {in_timm(self.network)}; take another backbone.name, or set "
+                "train.checkpoint_gradients=false and raise train.accumulate or lower train.batch_size"
+            ) from error
+        note_statistics_once(self.network)
+
     def train(self, mode: bool = True) -> Self:
         """Training mode for all but what is frozen."""
         super().train(mode)
@@ -162,103 +187,6 @@ def timm_arguments(config: BackboneConfig, size: ImageSize) -> dict[str, Any]:
         return _create(config, size)[1]
 
 
-class TokenEncoder:
-    """A backbone's vision transformer, opened between patch embedding and blocks: hidden patches enter no block.
-
-    It takes timm's VisionTransformer and Eva classes, with class and register tokens, absolute and rotary positions. It
-    has no weights of its own.
-
-    Attributes:
-        grid: rows and columns of patches.
-        patch: height and width of a patch, pixels.
-        width: of a token.
-        prefix: tokens before the patches, which are the class token and registers.
-    """
-
-    def __init__(self, backbone: Backbone, method: str) -> None:
-        """``method`` is who asks, for the error.
-
-        Raises:
-            UsageError: the network is no such transformer, or one patch's token knows of another patch's pixels.
-        """
-        self.network = cast(Any, backbone.network)
-        wrong = _not_openable(self.network)
-        if wrong:
-            name = getattr(self.network, "pretrained_cfg", {}).get("architecture", type(self.network).__name__)
-            raise UsageError(f"{method} needs a vision transformer, such as vit_tiny_patch16_224; {name} {wrong}")
-        self.grid: tuple[int, int] = self.network.patch_embed.grid_size
-        self.patch: tuple[int, int] = self.network.patch_embed.patch_size
-        self.width: int = self.network.embed_dim
-        self.prefix: int = self.network.num_prefix_tokens
-
-    def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Patches without positions: (N, L, width), or (N, rows, columns, width) of a network with dynamic size."""
-        patches: torch.Tensor = self.network.patch_embed(images)
-        return patches
-
-    def encode(self, patches: torch.Tensor, keep_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalised tokens (N, prefix + K, width) of what ``embed`` gave.
-
-        Args:
-            keep_ids: positions of the K patches that enter, (N, K); by default all in order.
-        """
-        tokens = self.network._pos_embed(patches)
-        tokens, rotary = tokens if isinstance(tokens, tuple) else (tokens, None)
-        if keep_ids is not None:
-            visible = take_tokens(tokens[:, self.prefix :], keep_ids)
-            tokens = torch.cat([tokens[:, : self.prefix], visible], dim=1)
-            rotary = _rotary_of(rotary, keep_ids)
-        tokens = self.network.norm_pre(tokens)
-        for number, block in enumerate(self.network.blocks):
-            if rotary is None:
-                tokens = block(tokens)
-            else:
-                tokens = block(tokens, rope=rotary[number] if self.network.rope_mixed else rotary)
-        # where timm averages tokens, its last norm comes after the mean, and norm does nothing
-        normalised: torch.Tensor = self.network.fc_norm(self.network.norm(tokens))
-        return normalised
-
-    def has_positions(self, positions: torch.Tensor) -> bool:
-        """Whether the patches have these positions (L, width), and the prefix zeros."""
-        table = self.network.pos_embed
-        if table is None:
-            return False
-        expected = torch.zeros_like(table)
-        expected[0, -len(positions) :] = positions
-        return torch.allclose(table, expected, atol=1e-6)
-
-    def fix_positions(self, positions: torch.Tensor) -> None:
-        """Give the patches these positions (L, width), the prefix zeros, and stop training them.
-
-        A network with rotary positions alone stays as it is.
-        """
-        if self.network.pos_embed is None:
-            return
-        with torch.no_grad():
-            self.network.pos_embed.zero_()
-            self.network.pos_embed[0, -len(positions) :] = positions
-        self.network.pos_embed.requires_grad_(False)
-
-
-def _not_openable(network: Any) -> str | None:
-    if not isinstance(network, VisionTransformer | Eva):
-        return f"is none ({type(network).__name__}); allowed: timm's classes VisionTransformer and Eva"
-    if not isinstance(network.patch_embed, PatchEmbed):
-        stem = type(network.patch_embed).__name__
-        return f"mixes patches before its blocks ({stem}), so that what is hidden would leak"
-    if getattr(network, "attn_pool", None) is not None:
-        return "pools by attention, which would stay untrained; set backbone.pool=avg"
-    return None
-
-
-def _rotary_of(rotary: torch.Tensor | None, keep_ids: torch.Tensor) -> torch.Tensor | None:
-    """Of chosen patches: (L, E) becomes (N, 1, K, E), and (blocks, heads, L, E) becomes (blocks, N, heads, K, E)."""
-    if rotary is None:
-        return None
-    chosen = rotary[..., keep_ids, :]
-    return chosen[:, None] if rotary.ndim == 2 else chosen.transpose(1, 2)
-
-
 def published(config: BackboneConfig, size: ImageSize) -> tuple[str, dict[str, torch.Tensor]]:
     """timm's own pretrained weights, from its cache or the network: their name there, and their tensors.
 
@@ -281,6 +209,11 @@ def published(config: BackboneConfig, size: ImageSize) -> tuple[str, dict[str, t
     tag = network.pretrained_cfg.get("tag")  # type: ignore[union-attr, operator]
     architecture = config.name.partition(".")[0]
     return f"timm's {architecture}.{tag}" if tag else f"timm's {architecture}", network.state_dict()
+
+
+def in_timm(network: nn.Module) -> str:
+    """What timm calls the network."""
+    return str(getattr(network, "pretrained_cfg", {}).get("architecture", type(network).__name__))
 
 
 def resample_positions(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:

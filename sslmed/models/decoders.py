@@ -8,6 +8,7 @@ from torch import nn
 
 from sslmed.config import UsageError
 from sslmed.models.backbones import Block
+from sslmed.models.recomputation import called, recomputed
 
 EPSILON = 1e-6  # of LayerNorm, as in MAE's reference
 
@@ -44,12 +45,13 @@ class MAEDecoder(nn.Module):
         xavier(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, tokens: torch.Tensor, keep_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, keep_ids: torch.Tensor, checkpoints: bool = False) -> torch.Tensor:
         """Values (N, L, values) of all patches, from the prefix and visible tokens (N, prefix + K, encoder_width).
 
         Args:
             tokens: those of the encoder.
             keep_ids: (N, K), where the visible ones were.
+            checkpoints: compute the inside of blocks once more in the backward pass, to save memory.
         """
         embedded = self.decoder_embed(tokens)
         prefix, visible = embedded[:, : self.prefix], embedded[:, self.prefix :]
@@ -57,8 +59,9 @@ class MAEDecoder(nn.Module):
         everywhere = self.mask_token.to(embedded.dtype).expand(len(tokens), places, -1)
         patches = everywhere.scatter(1, keep_ids[..., None].expand_as(visible), visible)
         decoded = torch.cat([prefix, patches], dim=1) + self.decoder_pos_embed
+        run = recomputed if checkpoints else called
         for block in self.decoder_blocks:
-            decoded = block(decoded)
+            decoded = run(block, decoded)
         pixels: torch.Tensor = self.decoder_pred(self.decoder_norm(decoded))
         return pixels[:, self.prefix :]
 

@@ -12,8 +12,10 @@ from sslmed.config import DataError, UsageError
 from sslmed.data import modality
 from sslmed.data.loading import ViewDataset
 from sslmed.data.modality import Modality
-from sslmed.data.sampling import Rows, steps_per_epoch
+from sslmed.data.raw_batches import RawDataset
+from sslmed.data.sampling import Rows
 from sslmed.data.store import Store
+from sslmed.distributed import agree, together, world_size
 from sslmed.evaluation import familiarity
 from sslmed.heads import HEADS
 from sslmed.heads.head import Head
@@ -26,7 +28,8 @@ from sslmed.supervised.task import Task, task_of
 from sslmed.training.averaging import WeightAverage
 from sslmed.training.early_stopping import EarlyStopping
 from sslmed.training.fit import fit, seed_everything
-from sslmed.training.monitors import Monitor, MonitorConfig
+from sslmed.training.monitors import MonitorConfig
+from sslmed.training.signals import SignalWatch
 from sslmed.training.trainer import TrainConfig, device, lightning_precision
 
 FAMILIAR = 1000  # train images whose features are described, and at most half as many of val
@@ -60,6 +63,8 @@ def prepare(recipe: FinetuneRecipe, store: Store, source: str | Path) -> Job:
     begun = begin(recipe, store, source)
     settings = begun.settings
     task = task_of(settings, store, begun.backbone.in_chans)
+    if settings.data.augment_on == "device" and task.target.kind == "mask":
+        raise UsageError("data.augment_on is device, but masks move with their images on the cpu alone; remove it")
     settings = settings.model_copy(update={"train": _at_most(settings.train, len(task.train))})
     seed_everything(settings.train.seed)
     kind = HEADS[settings.head.name]  # type: ignore[attr-defined]
@@ -83,11 +88,15 @@ def open_run(job: Job, out: str | Path, resume: bool) -> Run:
         "data_fingerprint": job.task.store.fingerprint,
         "start_weights": job.begun.start.weights,
         "precision": lightning_precision(job.settings.train),
+        "device": device(job.settings.train),
+        "processes": world_size(),
     }
+    agree({"recipe": dump(job.settings), **facts})
     if not resume:
         return Run.start(out, "finetune", dump(job.settings), facts)
     run = Run.resume(out, "finetune")
-    run.refuse_changes(changes(load_finetune(run.recipe), job.settings), facts)
+    with together():
+        run.refuse_changes(changes(load_finetune(run.recipe), job.settings), facts)
     return run
 
 
@@ -98,9 +107,23 @@ def carry_out(job: Job, run: Run) -> Tuned:
         TrainingAborted: non-finite loss.
         Interrupted: a signal; the checkpoint is saved.
     """
+    return score(job, run, train(job, run))
+
+
+def train(job: Job, run: Run) -> int:
+    """Train to the end or to the early stop; the step of the best check, whose weights the head then has.
+
+    Raises:
+        TrainingAborted: non-finite loss.
+        Interrupted: a signal; the checkpoint is saved.
+    """
     for line in (*job.begun.start.lines, *job.task.skipped):
         run.say(line)
-    best_step = _fit(job, run)
+    return _fit(job, run)
+
+
+def score(job: Job, run: Run, best_step: int) -> Tuned:
+    """Calibrate on val, score test once, write the artifact; of several processes, one does it."""
     job.head.to(device(job.settings.train))  # Lightning has brought it back to the CPU
     job.scorer.settle()
     familiar = _spread(job.task.store.rows("train"), FAMILIAR)  # labelled or not
@@ -115,37 +138,32 @@ def carry_out(job: Job, run: Run) -> Tuned:
 
 def _fit(job: Job, run: Run) -> int:
     """The step of the best check, whose weights the head then has."""
-    settings, task, head = job.settings, job.task, job.head
-    train, data = settings.train, settings.data
-    views = (task.policy.view,)
-    dataset = ViewDataset(
-        task.store,
-        task.policy,
-        views,
-        data.size,
-        task.channels,
-        train.seed,
-        task.target,
-        slices=data.slices,
-        tile=task.tiles,
-    )
-    steps = steps_per_epoch(len(task.train), train.batch_size)
-    monitor = Monitor(MonitorConfig(knn_every=0, collapse="off"), run, train.batch_size, steps)
-    average = WeightAverage(head.config.ema)
-    stop = EarlyStopping(settings.stop, run, head.metrics()[0], job.scorer.val, average, begin=head.config.probe_steps)
+    settings, head = job.settings, job.head
+    average, signals, name = WeightAverage(head.config.ema), SignalWatch(), head.metrics()[0]
+    begin = head.config.probe_steps
+    stop = EarlyStopping(settings.stop, run, name, job.scorer.val, average, begin=begin, signals=signals)
     fit(
         head,
-        dataset,
-        task.train,
-        train,
+        _dataset(job),
+        job.task.train,
+        settings.train,
         settings.optim,
         run,
-        monitor,
-        workers=data.worker_count(),
+        monitor=MonitorConfig(knn_every=0, collapse="off"),
+        workers=settings.data.worker_count(),
         callbacks=[average, stop],
-        strata=_strata(task) if head.config.drawn_evenly else None,
+        strata=_strata(job.task) if head.config.drawn_evenly else None,
+        signals=signals,
     )
     return stop.best_step
+
+
+def _dataset(job: Job) -> ViewDataset | RawDataset:
+    task, size, seed = job.task, job.settings.data.size, job.settings.train.seed
+    common = (task.store, task.policy, (task.policy.view,), size, task.channels, seed, task.target)
+    if job.settings.data.augment_on == "device":
+        return RawDataset(*common, slices=job.settings.data.slices)
+    return ViewDataset(*common, slices=job.settings.data.slices, tile=task.tiles)
 
 
 def _write(job: Job, run: Run, steps: int, familiar: Rows, known: familiarity.Familiarity | None) -> None:
@@ -223,8 +241,9 @@ def _at_most(train: TrainConfig, images: int) -> TrainConfig:
         raise DataError("one labelled train image is not enough: BatchNorm needs two; give a larger labels.budget")
     if images >= train.batch_size:
         return train
-    parts = max(count for count in range(1, train.accumulate + 1) if images // count >= 2)
-    return train.model_copy(update={"batch_size": images - images % parts, "accumulate": parts})
+    parts = max(count for count in range(1, train.accumulate + 1) if count == 1 or images // count // world_size() >= 2)
+    whole = images - images % (parts * world_size())
+    return train.model_copy(update={"batch_size": whole, "accumulate": parts})
 
 
 def _counts(task: Task) -> torch.Tensor:

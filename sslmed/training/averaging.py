@@ -32,7 +32,8 @@ class WeightAverage(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if self.decay and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        skipped = getattr(pl_module, "skipped", False)
+        if self.decay and not skipped and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._update(pl_module.state_dict(), trainer.global_step)
 
     @contextmanager
@@ -53,6 +54,11 @@ class WeightAverage(pl.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.average = state["average"]
+
+    def go_back(self, state: dict[str, Any]) -> None:
+        """Take the average of an earlier ``state_dict`` while training."""
+        for name, tensor in state["average"].items():
+            self.average[name].copy_(tensor)
 
     @torch.no_grad()
     def _update(self, weights: dict[str, torch.Tensor], step: int) -> None:

@@ -1,12 +1,6 @@
-"""Checkpoints that survive, and a resume that repeats to the last bit.
+"""When checkpoints are written, and a resume that repeats to the last bit."""
 
-Lightning's own writer moves a file from $TMPDIR over the good checkpoint; on a full disk both are lost (measured).
-This one writes beside the target, checks what it wrote and renames. A checkpoint holds tensors and primitives only.
-"""
-
-import struct
-import zipfile
-from collections.abc import Callable
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,98 +8,64 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import CheckpointIO
 
-from sslmed.config import DataError, DiskError, Interrupted, TrainingAborted
-from sslmed.durable import PARTIAL, write_atomically
+from sslmed import distributed
+from sslmed.config import Interrupted, SslmedError, TemporaryError, TrainingAborted
+from sslmed.training import checkpoint_files as files
+from sslmed.training.checkpoint_files import STATE, Found
 from sslmed.training.signals import SignalWatch
-
-STATE = "sslmed"  # our entry in Lightning's checkpoint
-START_AGAIN = "delete it to start again"
 
 
 class DurableCheckpointIO(CheckpointIO):
-    """How Lightning's checkpoint dictionary gets to disk and back."""
+    """How Lightning's checkpoint dictionary gets to disk and back.
+
+    A failed write is kept for ``settle``: raised at once on rank 0 alone, it would leave the others waiting.
+    """
+
+    def __init__(self) -> None:
+        self._failure: Exception | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        path = Path(path)
-        with write_atomically(path) as partial:
-            try:
-                torch.save(checkpoint, partial)
-            except RuntimeError as error:  # torch hides a full disk behind "unexpected pos"
-                raise DiskError(f"cannot write {path}: {error}. The earlier checkpoint is untouched.") from error
-            if not _whole(partial):
-                raise DiskError(f"{path} reads back differently from what was written; the earlier one is untouched")
+        try:
+            files.write(checkpoint, Path(path))
+        except Exception as error:
+            self._failure = error
+
+    def settle(self) -> None:
+        """Raise what the last write could not do."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        return load(Path(path))
+        return files.load(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The checkpoint dictionary, on the CPU, after every member's checksum has been read.
-
-    Raises:
-        DataError: the file is damaged or not a checkpoint of sslmed.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if _whole(path) else None
-    except Exception as error:  # a file that is no checkpoint may make torch raise anything
-        raise DataError(f"the checkpoint {path} cannot be read ({type(error).__name__}); {START_AGAIN}") from error
-    if checkpoint is None:
-        raise DataError(f"the checkpoint {path} is damaged; {START_AGAIN}")
-    if not isinstance(checkpoint, dict) or STATE not in checkpoint:
-        raise DataError(f"{path} was not written by sslmed")
-    return checkpoint
-
-
-def _whole(path: Path) -> bool:
-    """Whether every member of the archive has the content that its checksum is of.
-
-    No checksum covers the attributes; a member that a flipped bit makes a folder would be read as uninitialised memory.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None and not any(member.external_attr for member in archive.infolist())
-    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, struct.error):
-        return False
-
-
-def steps_done(path: Path) -> int:
-    """Optimizer steps that the checkpoint holds; 0 when there is none. Sweeps what a killed writer left behind."""
-    for orphan in path.parent.glob(f".*{PARTIAL}"):
-        orphan.unlink()
-    return int(load(path)[STATE]["step"]) if path.exists() else 0
-
-
 class Checkpointer(pl.Callback):
     """Saves every ``every`` optimizer steps, at the end, and when a signal asks for the end.
 
-    It also carries torch's random state, which only dropout-like layers use, over the gap. Train inside a ``with``
-    block of its ``signals``.
+    It also carries torch's random state of every process, which only dropout-like layers use, over the gap. Train
+    inside a ``with`` block of its ``signals``. It must be the last of the callbacks: what the others do in a step is
+    part of what is saved.
     """
 
-    def __init__(self, path: Path, every: int, healthy: Callable[[], None]) -> None:
-        """``healthy`` raises when the weights are not worth keeping; it is called before each save."""
-        self.path = path
-        self.every = every
-        self.healthy = healthy
-        self.signals = SignalWatch()
+    def __init__(self, path: Path, every: int, signals: SignalWatch, earlier: int = 1) -> None:
+        """``earlier`` is how many checkpoints are kept beside the last."""
+        self.path, self.every, self.signals, self.earlier = path, every, signals, earlier
+        self.found: Found | None = None
         self._random_state: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.signals.install()  # Lightning has just taken SIGTERM, and would end without a checkpoint and with code 0
-        if self.signals.received:
-            raise Interrupted(
-                f"stopped by {self.signals.received.name} before the first step. Go on with --resume.",
-                self.signals.received,
-            )
+        if received := self.signals.agreed():
+            raise _ending(received, "before the first step. Go on with --resume.")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        checkpoint[STATE] = {"step": trainer.global_step, "rng": torch.get_rng_state(), "cuda_rng": gpus}
+        checkpoint[STATE] = {"step": trainer.global_step, **random_state()}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -116,9 +76,9 @@ class Checkpointer(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._random_state is not None:  # only now: making the loader's iterator draws from the same state
-            torch.set_rng_state(self._random_state["rng"])
+            torch.set_rng_state(self._random_state["rng"][distributed.rank()])
             if torch.cuda.is_available() and self._random_state["cuda_rng"]:
-                torch.cuda.set_rng_state_all(self._random_state["cuda_rng"])
+                torch.cuda.set_rng_state(self._random_state["cuda_rng"][distributed.rank()])
             self._random_state = None
 
     def on_train_batch_end(
@@ -131,23 +91,49 @@ class Checkpointer(pl.Callback):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        if self.signals.received:
-            self._save(trainer)
-            raise Interrupted(
-                f"stopped by {self.signals.received.name} after step {trainer.global_step}; the checkpoint is saved. "
-                "Go on with the same command and --resume.",
-                self.signals.received,
-            )
+        received = self.signals.agreed()
         last = trainer.should_stop or trainer.global_step == trainer.max_steps
-        if last or trainer.global_step % self.every == 0:
-            self._save(trainer)
+        skipped = getattr(pl_module, "skipped", False)  # weights that may yet go back are kept as they were before
+        if (received or last or trainer.global_step % self.every == 0) and not (skipped and not last):
+            self.save(trainer)
+        if received:
+            kept = "is saved" if self.found and self.found.step == trainer.global_step else "is from before a bad step"
+            saved = f"after step {trainer.global_step}; the checkpoint {kept}."
+            raise _ending(received, f"{saved} Go on with the same command and --resume.")
 
-    def _save(self, trainer: pl.Trainer) -> None:
-        self.healthy()
-        # a finite loss can have an infinite gradient
+    def save(self, trainer: pl.Trainer) -> None:
+        """Write a checkpoint now; every process must come here.
+
+        Raises:
+            TrainingAborted: the weights are no longer finite; the last checkpoint stays.
+            DiskError: it could not be written; the last one stays.
+        """
         if not all(bool(torch.isfinite(parameter).all()) for parameter in trainer.lightning_module.parameters()):
             raise TrainingAborted(
                 f"the weights are no longer finite at step {trainer.global_step}; the last checkpoint is from before. "
                 "Lower optim.lr or lengthen optim.warmup, then start a new run."
             )
+        distributed.first(self._keep_the_last)
         trainer.save_checkpoint(self.path)
+        io = trainer.strategy.checkpoint_io
+        distributed.first(io.settle if isinstance(io, DurableCheckpointIO) else lambda: None)
+        self.found = Found(self.path, trainer.global_step)
+
+    def _keep_the_last(self) -> None:
+        if self.found is not None and self.found.path == self.path:
+            files.keep(self.path, self.found.step, self.earlier)
+
+
+def random_state() -> dict[str, list[torch.Tensor]]:
+    """torch's state on every process, of the CPU and of its GPU."""
+    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    return {
+        "rng": distributed.gather_cpu(torch.get_rng_state()),
+        "cuda_rng": [state for own in gpu for state in distributed.gather_cpu(own)],
+    }
+
+
+def _ending(received: signal.Signals, what: str) -> SslmedError:
+    """SIGUSR1 is how a scheduler says that time is up: the run is to come again."""
+    message = f"stopped by {received.name} {what}"
+    return TemporaryError(message) if received is signal.SIGUSR1 else Interrupted(message, received)

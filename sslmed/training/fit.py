@@ -1,26 +1,41 @@
 """Fit a Method or a Head on a stream of batches: what several commands share."""
 
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
 
 from sslmed import distributed
+from sslmed.config import ElsewhereError, Interrupted, TemporaryError, TrainingAborted, UsageError
 from sslmed.data.loading import ViewDataset, stream_loader
+from sslmed.data.raw_batches import RawCollate, RawDataset
 from sslmed.data.sampling import Rows, StreamSampler, steps_per_epoch
 from sslmed.keyed_rng import key
+from sslmed.models.compilation import compile_parts
+from sslmed.models.sync_batchnorm import synchronise
 from sslmed.optim import OptimConfig
 from sslmed.run import Run
-from sslmed.training.checkpoint import Checkpointer, load, steps_done
-from sslmed.training.monitors import Monitor
-from sslmed.training.trainer import TrainConfig, build_trainer
+from sslmed.training import checkpoint_files as files
+from sslmed.training import launch
+from sslmed.training.checkpoint import Checkpointer
+from sslmed.training.checkpoint_files import Found
+from sslmed.training.guard import Guard
+from sslmed.training.monitors import Monitor, MonitorConfig
+from sslmed.training.signals import SignalWatch
+from sslmed.training.trainer import TrainConfig, build_trainer, device
+from sslmed.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from sslmed.heads.head import Head
     from sslmed.methods.method import Method
+
+LOST = ("connection", "gloo", "nccl", "timed out", "peer")  # what a broken collective's message has in it
 
 
 @dataclass(frozen=True)
@@ -38,32 +53,38 @@ def seed_everything(seed: int) -> None:
 
 def fit(
     module: "Method | Head",
-    dataset: ViewDataset,
+    dataset: ViewDataset | RawDataset,
     rows: Rows,
     train: TrainConfig,
     optim: OptimConfig,
     run: Run,
-    monitor: Monitor,
     *,
+    monitor: MonitorConfig,
     workers: int,
+    probe: Callable[[], dict[str, float]] | None = None,
     callbacks: Sequence[pl.Callback] = (),
     strata: Rows | None = None,
+    signals: SignalWatch | None = None,
 ) -> Fitted:
     """Train ``module`` on ``rows`` to the end, from the run's checkpoint if it has one.
 
     Args:
+        probe: see `Monitor`.
         strata: (rows,) numbers; each is met equally often. None takes all rows alike.
+        signals: those that ``callbacks`` heed.
 
     Raises:
-        TrainingAborted: non-finite loss, or what a monitor was told to stop at.
-        Interrupted: a signal; the checkpoint is saved.
+        TrainingAborted: numbers that stay non-finite, or what a monitor was told to stop at.
+        Interrupted, TemporaryError: a signal; the checkpoint is saved.
+        TemporaryError: another process of this training is gone.
     """
-    total = train.total_steps(len(rows))
-    done = steps_done(run.checkpoint)
+    signals = signals or SignalWatch()
+    total, epoch_steps = train.total_steps(len(rows)), steps_per_epoch(len(rows), train.batch_size)
+    found = distributed.first(lambda: _found(run))
+    done = found[1] if found else 0
     run.rewind(done)
-    module.prepare(optim, train.batch_size, total, steps_per_epoch(len(rows), train.batch_size))
-    module.to(memory_format=torch.channels_last)
-    module.train()  # Lightning leaves modes as they are, and a loaded backbone comes in evaluation mode
+    module.prepare(optim, train.batch_size, total, epoch_steps)
+    _make_ready(module, train, fresh=not done)
     sampler = StreamSampler(
         rows,
         train.batch_size,
@@ -75,16 +96,72 @@ def fit(
         world_size=distributed.world_size(),
         strata=strata,
     )
-    keeper = Checkpointer(run.checkpoint, train.save_every_steps, monitor.check_finite)
-    trainer = build_trainer(train, total, [monitor, *callbacks, keeper])
+    keeper = Checkpointer(run.checkpoint, train.save_every_steps, signals, train.keep_checkpoints - 1)
+    keeper.found = Found(Path(found[0]), done) if found else None
+    guard = Guard(train.skip_steps, train.rollbacks, train.save_every_steps, run)
+    watchdog = Watchdog(run, 54 * train.timeout)  # before collectives give up, after 60
+    watcher = Monitor(monitor, run, train.batch_size, epoch_steps, probe, signals)
+    trainer = build_trainer(train, total, [watchdog, guard, watcher, *callbacks, keeper], bool(module.without_gradient))
     started = time.monotonic()
     if done < total:
-        loader = stream_loader(dataset, sampler, workers)
-        with keeper.signals:
-            trainer.fit(module, loader, ckpt_path=run.checkpoint if done else None, weights_only=True)
-    else:
-        _finish(trainer, module, load(run.checkpoint))
+        collate = RawCollate(train.seed) if isinstance(dataset, RawDataset) else None
+        pin = device(train) == "cuda"
+        loader = stream_loader(dataset, sampler, workers, pin=pin, collate=collate)
+        with signals, _said_well(run, watchdog, signals):
+            trainer.fit(module, loader, ckpt_path=found[0] if found else None, weights_only=True)
+    elif found:
+        with signals:
+            _finish(trainer, module, files.load(Path(found[0])))
     return Fitted(total, time.monotonic() - started)
+
+
+def _found(run: Run) -> list[Any] | None:
+    found = files.newest(run.checkpoint, run.say)
+    return None if found is None else [str(found.path), found.step]
+
+
+def _make_ready(module: "Method | Head", train: TrainConfig, fresh: bool) -> None:
+    """What is done to the network before it is trained."""
+    world = distributed.world_size()
+    if world > 1:
+        if train.batch_size // (train.accumulate * world) < 2:
+            raise UsageError(
+                f"train.batch_size is {train.batch_size} for {world} processes and accumulate {train.accumulate}; "
+                f"allowed: at least {2 * world * train.accumulate}, two images for each"
+            )
+        if module.sync_batchnorm:
+            synchronise(module, device(train))
+        if fresh:  # or all processes would drop the same
+            torch.manual_seed(key(train.seed, "torch", distributed.rank())[0] % 2**63)
+    if train.checkpoint_gradients:
+        module.backbone.checkpoint_gradients()
+    module.to(memory_format=torch.channels_last)
+    if train.compile:
+        compile_parts(module, device(train))
+    module.train()  # Lightning leaves modes as they are, and a loaded backbone comes in evaluation mode
+
+
+@contextmanager
+def _said_well(run: Run, watchdog: Watchdog, signals: SignalWatch) -> Iterator[None]:
+    """A scheduler's signal asks for the job again; a lost process is no bug."""
+    try:
+        yield
+    except (Interrupted, TrainingAborted, TemporaryError) as error:
+        asked = signals.received is signal.SIGUSR1
+        if asked:
+            launch.requeue(run.say)
+        if distributed.rank() and (asked or not isinstance(error, TemporaryError)):  # all have come to it together
+            raise ElsewhereError(str(error), error.exit_code) from error
+        raise
+    except RuntimeError as error:
+        if distributed.world_size() == 1 or not any(word in str(error).lower() for word in LOST):
+            raise
+        raise TemporaryError(
+            f"lost another process of this training: {str(error).splitlines()[0][:200]}\n"
+            "What that one said, or the log of its machine, has the reason. Go on with the same command and --resume."
+        ) from error
+    finally:
+        watchdog.close()
 
 
 def _finish(trainer: pl.Trainer, module: "Method | Head", checkpoint: dict[str, Any]) -> None:

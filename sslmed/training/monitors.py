@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from sslmed.config import Config, TrainingAborted
+from sslmed import distributed
+from sslmed.config import Config
 from sslmed.run import Run
 from sslmed.training.alarms import Action, Alarms
+from sslmed.training.signals import SignalWatch
 
 RANKME_ROWS = 1024
 
@@ -41,12 +43,14 @@ class MonitorConfig(Config):
 
 
 class Monitor(pl.Callback):
-    """Logs every ``log_every`` steps and raises the alarms.
+    """Logs every ``log_every`` steps and raises the alarms. Of several processes it logs the mean.
 
     Args:
         images: images an optimizer step.
         epoch_steps: optimizer steps an epoch.
-        probe: returns scores by name; called every ``knn_every`` epochs and at the end.
+        probe: returns scores by name; called on the first process, every ``knn_every`` epochs and at the end.
+        signals: may cut a probe short, which then comes first after a resume.
+        waiting: of data, a share of the time since it was last asked; None when there is nothing to tell.
     """
 
     def __init__(
@@ -56,30 +60,26 @@ class Monitor(pl.Callback):
         images: int,
         epoch_steps: int,
         probe: Callable[[], dict[str, float]] | None = None,
+        signals: SignalWatch | None = None,
+        waiting: Callable[[], float | None] = lambda: None,
     ) -> None:
         self.config, self.run, self.images, self.epoch_steps, self.probe = config, run, images, epoch_steps, probe
-        self._loss = torch.zeros(())
+        self.signals, self.waiting = signals or SignalWatch(), waiting
         self._recent: deque[torch.Tensor] = deque()
         actions: dict[str, Action] = {name: getattr(config, name) for name in ("collapse", "explosion", "frozen")}
         self._alarms = Alarms(actions, config.collapse_steps, config.log_every, run.say)
-        self._gradient_norm: torch.Tensor | None = None
         self._speed = _Speed()
         self._lr = 0.0
+        self._owed: int | None = None  # the step of a probe that a signal has cut short
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._speed.restart(trainer.global_step)
+        self._make_up()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # afterwards it is the next step's
-
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        if self._due(trainer.global_step + 1, int(trainer.max_steps)):
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self._gradient_norm = torch.stack(torch._foreach_norm(gradients)).norm()
 
     def on_train_batch_end(
         self,
@@ -89,67 +89,56 @@ class Monitor(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self._loss = pl_module.monitored["loss"]
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        self._remember(pl_module.monitored.get("embeddings"))
         step, total = trainer.global_step, int(trainer.max_steps)
-        if self._due(step, total):
-            self._log(step, total, pl_module.monitored)
-            averaged = getattr(pl_module, "averaged", None)
-            if averaged is not None:
-                self._alarms.look_at_average(step, total, averaged[1])
-        if (
-            self.probe
-            and self.config.knn_every
-            and (step % (self.config.knn_every * self.epoch_steps) == 0 or step == total)
-        ):
-            self._run_probe(step, self.probe)
+        if not getattr(pl_module, "skipped", False):
+            self._remember(pl_module.monitored.get("embeddings"))
+            if self._due(step, total):
+                self._log(step, total, pl_module.monitored)
+                averaged = getattr(pl_module, "averaged", None)
+                if averaged is not None:
+                    self._alarms.look_at_average(step, total, averaged[1])
+        if self.config.knn_every and (step % (self.config.knn_every * self.epoch_steps) == 0 or step == total):
+            self._run_probe(step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._make_up()
 
     def state_dict(self) -> dict[str, Any]:
-        return self._alarms.state_dict()
+        return {**self._alarms.state_dict(), "owed": self._owed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._alarms.load_state_dict(state)
-
-    def check_finite(self) -> None:
-        """Raise when the last loss is not a number.
-
-        Raises:
-            TrainingAborted: it is not; the last checkpoint is from before.
-        """
-        if not bool(torch.isfinite(self._loss)):
-            raise TrainingAborted(
-                f"the loss became {float(self._loss)}; the last checkpoint is from before that. "
-                "Lower optim.lr or lengthen optim.warmup, then start a new run."
-            )
+        self._owed = state["owed"]
 
     def _due(self, step: int, total: int) -> bool:
         return step % self.config.log_every == 0 or step == total
 
     def _log(self, step: int, total: int, outputs: dict[str, torch.Tensor]) -> None:
-        self.check_finite()
         scalars = {name: float(value) for name, value in outputs.items() if value.ndim == 0}
+        health = self._health()
+        means = distributed.means({**scalars, **health, **self._embedding_norm()})
         rate, left = self._speed.measure(step, total)
-        health, norms = self._health(), self._norms()
+        waiting = self.waiting()
         self.run.log(
             step,
             epoch=step / self.epoch_steps,
             lr=self._lr,
             images_per_second=rate * self.images,
             seconds_left=left,
-            **scalars,
-            **health,
-            **norms,
+            **({} if waiting is None else {"data_wait": waiting}),
+            **means,
         )
         if self._speed.due(step == total):
-            parts = [f"step {step}/{total}", f"epoch {step / self.epoch_steps:.1f}", f"loss {scalars['loss']:.4f}"]
-            parts += [f"{name} {value:.3g}" for name, value in health.items()]
+            parts = [f"step {step}/{total}", f"epoch {step / self.epoch_steps:.1f}", f"loss {means['loss']:.4f}"]
+            parts += [f"{name} {means[name]:.3g}" for name in health]
             self.run.say("  ".join([*parts, f"{rate * self.images:.0f} images/s", f"{_clock(left)} left"]))
-        if "embedding_std" in health:
-            self._alarms.look_at_embeddings(step, health["embedding_std"], outputs["embeddings"].shape[1])
-        for name, norm in norms.items():
-            self._alarms.look_at_norm(step, name, norm)
+        if "embedding_std" in means:
+            self._alarms.look_at_embeddings(step, means["embedding_std"], outputs["embeddings"].shape[1])
+        for name in ("gradient_norm", "embedding_norm"):
+            if name in means:
+                self._alarms.look_at_norm(step, name, means[name])
 
     def _remember(self, embeddings: torch.Tensor | None) -> None:
         if embeddings is None:
@@ -163,18 +152,22 @@ class Monitor(pl.Callback):
             return {}
         return {"embedding_std": embedding_std(self._recent[-1]), "rankme": rankme(torch.cat(list(self._recent)))}
 
-    def _norms(self) -> dict[str, float]:
-        found = {}
-        if self._gradient_norm is not None:
-            found["gradient_norm"] = float(self._gradient_norm)
-        if self._recent:
-            found["embedding_norm"] = float(self._recent[-1].norm(dim=1).mean())
-        return found
+    def _embedding_norm(self) -> dict[str, float]:
+        return {"embedding_norm": float(self._recent[-1].norm(dim=1).mean())} if self._recent else {}
 
-    def _run_probe(self, step: int, probe: Callable[[], dict[str, float]]) -> None:
-        scores = probe()
-        self.run.log(step, epoch=step / self.epoch_steps, **scores)
-        self.run.say(f"step {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+    def _make_up(self) -> None:
+        if self._owed is not None:
+            self._run_probe(self._owed)
+
+    def _run_probe(self, step: int) -> None:
+        probe = self.probe
+        if probe is None:
+            return
+        scores = distributed.first(lambda: self.signals.cut(probe))
+        self._owed = step if scores is None else None
+        if scores is not None:
+            self.run.log(step, epoch=step / self.epoch_steps, **scores)
+            self.run.say(f"step {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         self._speed.restart(step)  # the probe's time is not training time
 
 

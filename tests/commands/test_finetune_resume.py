@@ -14,7 +14,7 @@ import torch
 from sslmed.data.store import Store
 from sslmed.durable import sha256
 from sslmed.run import read, read_metrics
-from sslmed.training.checkpoint import load
+from sslmed.training.checkpoint_files import load
 
 SETTINGS = (
     "backbone.name=test_resnet",

@@ -11,9 +11,10 @@ import pytest
 import ranks
 import torch
 from stores import picture, write_store
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from sslmed.config import DataError
-from sslmed.data import targets
+from sslmed.config import DataError, TemporaryError
+from sslmed.data import loading, targets
 from sslmed.data.annotations.writer import annotate
 from sslmed.data.loading import (
     MOST_WORKERS,
@@ -21,9 +22,11 @@ from sslmed.data.loading import (
     Collate,
     DataConfig,
     Sample,
+    Shared,
     ViewDataset,
     plain_loader,
     stream_loader,
+    tensors,
 )
 from sslmed.data.modality import MODALITIES
 from sslmed.data.sampling import StreamSampler
@@ -74,6 +77,66 @@ def test_workers_give_the_same_samples_in_the_same_order(dataset: ViewDataset, p
         assert_same(one, two)
 
 
+def test_a_killed_worker_ends_the_stream(
+    dataset: ViewDataset, phantom_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # how often torch looks whether its workers live, 5 s
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
+    ranks.context()
+    before = set(multiprocessing.active_children())
+    iterator = iter(stream_loader(dataset, StreamSampler(phantom_store.rows("train")[:8], 4, steps=500, seed=0), 2, 1))
+    next(iterator)
+    worker, _ = set(multiprocessing.active_children()) - before
+    os.kill(worker.pid or 0, signal.SIGKILL)
+    with pytest.raises(TemporaryError, match=r"for want of memory, of room in /dev/shm.*") as caught:
+        list(iterator)
+    assert "fewer data.workers" in str(caught.value)
+    assert "--shm-size" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ("DataLoader worker (pid 7) is killed by signal: Bus error.", TemporaryError),
+        ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", TemporaryError),
+        ("Caught RuntimeError in DataLoader worker process 0.\nunable to allocate shared memory(shm)", TemporaryError),
+        (
+            "Caught RuntimeError in DataLoader worker process 0.\nstack expects each tensor to be equal size",
+            RuntimeError,
+        ),
+    ],
+)
+def test_a_worker_that_died_is_told_from_a_bug(
+    message: str, error: type[Exception], dataset: ViewDataset, phantom_store: Store
+) -> None:
+    def fail(samples: list[Any]) -> Any:
+        raise RuntimeError(message)
+
+    sampler = StreamSampler(phantom_store.rows("train")[:8], 4, steps=5, seed=0)
+    with pytest.raises(error) as caught:
+        next(iter(stream_loader(dataset, sampler, 0, collate=fail)))
+    assert type(caught.value) is error
+
+
+def test_a_worker_shares_its_batch_before_it_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [Sample([torch.zeros(1, 8, 8)] * 2, row, torch.tensor(0), row, 0) for row in (5, 6)]
+    assert not any(tensor.is_shared() for tensor in tensors(Shared(Collate(0))(samples)))
+    monkeypatch.setattr(loading, "get_worker_info", lambda: "a worker")
+    batch = Shared(Collate(0))(samples)
+    assert len(list(tensors(batch))) == 5
+    assert all(tensor.is_shared() for tensor in tensors(batch))
+    error = DataError("a bad sample")
+    assert Shared(Collate(0))([samples[0], error]) is error
+
+
+def test_batches_are_made_ahead_and_pinned_as_asked(dataset: ViewDataset, phantom_store: Store) -> None:
+    sampler = StreamSampler(phantom_store.rows("train")[:8], 4, steps=5, seed=0)
+    loader = stream_loader(dataset, sampler, 3, prefetch=1, pin=True)
+    assert (loader.num_workers, loader.prefetch_factor, loader.pin_memory) == (3, 1, True)
+    loader = stream_loader(dataset, sampler, 0)
+    assert (loader.num_workers, loader.prefetch_factor, loader.pin_memory) == (0, None, False)
+
+
 def test_a_batch_says_everything_that_a_method_needs(dataset: ViewDataset, phantom_store: Store) -> None:
     seen = list(batches(dataset, phantom_store, 0))
     assert [batch.epoch for batch in seen] == [0, 0, 1, 1, 2]
@@ -101,6 +164,30 @@ def test_a_batch_moves_with_everything_it_holds() -> None:
     moved = batch.to("meta", non_blocking=True)
     assert {tensor.device.type for tensor in (*moved.views, moved.target, moved.ids, moved.groups)} == {"meta"}
     assert (moved.seed, moved.epoch) == (3, 4)
+
+
+def test_a_batch_is_fetched_while_the_program_goes_on_where_it_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    moves = list[tuple[Any, Any]]()
+
+    class Tensor(torch.Tensor):
+        def is_pinned(self, device: Any = None) -> bool:
+            return True
+
+        def to(self, device: Any, non_blocking: bool) -> torch.Tensor:  # type: ignore[override]
+            moves.append((device, non_blocking))
+            return self
+
+    plain = Batch([torch.zeros(2, 1, 4, 4)] * 2, *[torch.arange(2)] * 3, seed=3, epoch=4)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.as_subclass(Tensor))
+    pinned = plain.pin_memory()
+    assert (pinned.seed, pinned.epoch, len(pinned.views)) == (3, 4, 2)
+    pinned.to("cuda")
+    assert moves == [("cuda", True)] * 5
+    pinned.to("cuda", non_blocking=False)
+    assert moves[5:] == [("cuda", False)] * 5
+    monkeypatch.setattr(Tensor, "is_pinned", torch.Tensor.is_pinned)  # from a GPU, or pageable memory: in order
+    pinned.to("cuda")
+    assert moves[10:] == [("cuda", False)] * 5
 
 
 def test_views_of_several_sizes_stack_each_by_itself() -> None:

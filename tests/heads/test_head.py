@@ -14,6 +14,7 @@ from sslmed.heads.head import HeadConfig, full
 from sslmed.models.backbones import BackboneConfig, build
 from sslmed.optim import OptimConfig
 from sslmed.training.checkpoint import Checkpointer
+from sslmed.training.signals import SignalWatch
 from sslmed.training.trainer import TrainConfig, build_trainer
 
 
@@ -119,11 +120,11 @@ def test_killed_in_the_probe_or_after_it_and_resumed(killed: int, tmp_path: Path
     whole = make(**settings)
     train(whole, 8, [])
     path = tmp_path / "last.ckpt"
-    keeper = Checkpointer(path, 1, lambda: None)
+    keeper = Checkpointer(path, 1, SignalWatch())
     with pytest.raises(Killed):
         train(make(**settings), 8, [Kill(killed), keeper])
     part = make(**settings)
-    train(part, 8, [Checkpointer(path, 1, lambda: None)], done=killed, ckpt_path=path)
+    train(part, 8, [Checkpointer(path, 1, SignalWatch())], done=killed, ckpt_path=path)
     after, expected = part.state_dict(), whole.state_dict()
     assert all(torch.equal(after[name], expected[name]) for name in expected)
 

@@ -7,7 +7,8 @@ import torch
 
 from sslmed.config import UsageError
 from sslmed.image_size import ImageSize
-from sslmed.models.backbones import Backbone, BackboneConfig, TokenEncoder, build
+from sslmed.models.backbones import Backbone, BackboneConfig, build
+from sslmed.models.token_encoder import TokenEncoder
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "class token, dynamic size": {"name": "test_vit", "patch": 8},

@@ -9,7 +9,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from sslmed.training.checkpoint import Checkpointer, load
+from sslmed.training.checkpoint import Checkpointer
+from sslmed.training.checkpoint_files import load
 from sslmed.training.trainer import TrainConfig, build_trainer
 
 

@@ -8,7 +8,9 @@ import pytorch_lightning as pl
 import torch
 
 from sslmed.training.averaging import WeightAverage
-from sslmed.training.checkpoint import Checkpointer, load
+from sslmed.training.checkpoint import Checkpointer
+from sslmed.training.checkpoint_files import load
+from sslmed.training.signals import SignalWatch
 
 
 class Record(pl.Callback):
@@ -120,10 +122,10 @@ def test_killed_and_resumed_it_is_the_same_average(killed: int, accumulate: int,
     training(with_norm(training), [whole], steps=7, accumulate=accumulate)
     first = with_norm(training, {killed * accumulate: kill})
     with pytest.raises(Killed):
-        training(first, [WeightAverage(0.4), Checkpointer(path, 1, lambda: None)], steps=7, accumulate=accumulate)
+        training(first, [WeightAverage(0.4), Checkpointer(path, 1, SignalWatch())], steps=7, accumulate=accumulate)
     assert load(path)["sslmed"]["step"] == killed - 1
     part = WeightAverage(0.4)
-    keeper = Checkpointer(path, 1, lambda: None)
+    keeper = Checkpointer(path, 1, SignalWatch())
     training(with_norm(training), [part, keeper], steps=7, accumulate=accumulate, resume=path)
     assert part.average.keys() == whole.average.keys()
     assert all(torch.equal(part.average[name], whole.average[name]) for name in whole.average)

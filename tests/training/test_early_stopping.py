@@ -7,8 +7,10 @@ import torch
 
 from sslmed.run import Run, read_metrics
 from sslmed.training.averaging import WeightAverage
-from sslmed.training.checkpoint import Checkpointer, load
+from sslmed.training.checkpoint import Checkpointer
+from sslmed.training.checkpoint_files import load
 from sslmed.training.early_stopping import EarlyStopping, StopConfig
+from sslmed.training.signals import SignalWatch
 
 
 @pytest.fixture
@@ -96,7 +98,7 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(
     killed: int, scores: list[float], run: Run, training: Any, tmp_path: Path
 ) -> None:
     def keeper(name: str) -> Checkpointer:
-        return Checkpointer(tmp_path / f"{name}.ckpt", 3, lambda: None)
+        return Checkpointer(tmp_path / f"{name}.ckpt", 3, SignalWatch())
 
     def score_at(module: Any, start: int) -> Callable[[], float]:
         return lambda: scores[(start + module.steps) // 2 - 1]
@@ -120,7 +122,7 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(
 def test_a_checkpoint_of_the_very_step_that_ended_training_trains_no_further(
     run: Run, training: Any, tmp_path: Path
 ) -> None:
-    keeper = Checkpointer(tmp_path / "last.ckpt", 6, lambda: None)
+    keeper = Checkpointer(tmp_path / "last.ckpt", 6, SignalWatch())
     module = training.Tiny()
     training(module, [stopping(run, [0.9, 0.1, 0.1]), keeper], steps=20)
     assert module.steps == 6
@@ -174,7 +176,7 @@ def test_killed_and_resumed_with_an_average_it_ends_with_the_same_weights(
             return scores[(start + module.steps) // 2 - 1]
 
         stop = EarlyStopping(StopConfig(check_every=2, patience=3), run, "auroc", score, average)
-        return [average, stop, Checkpointer(tmp_path / f"{name}.ckpt", 3, lambda: None)]
+        return [average, stop, Checkpointer(tmp_path / f"{name}.ckpt", 3, SignalWatch())]
 
     whole = training.Tiny()
     training(whole, callbacks(whole, "whole"), steps=12)

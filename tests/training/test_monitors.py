@@ -10,7 +10,6 @@ import torch
 from sslmed.config import TrainingAborted
 from sslmed.run import Run, read_metrics
 from sslmed.training import monitors
-from sslmed.training.checkpoint import Checkpointer, steps_done
 from sslmed.training.monitors import RANKME_ROWS, Monitor, MonitorConfig, embedding_std, rankme
 
 ROWS, WIDTH = 64, 16
@@ -81,14 +80,21 @@ class Driver:
         self.parts = 0
         monitor.on_train_start(self.trainer, None)  # type: ignore[arg-type]
 
-    def step(self, embeddings: torch.Tensor | None = HEALTHY, count: int = 1, loss: float = 0.5, **more: float) -> None:
+    def step(
+        self,
+        embeddings: torch.Tensor | None = HEALTHY,
+        count: int = 1,
+        loss: float = 0.5,
+        skipped: bool = False,
+        **more: float,
+    ) -> None:
         for _ in range(count * self.trainer.accumulate_grad_batches):
             self.parts += 1
             self.trainer.global_step = self.parts // self.trainer.accumulate_grad_batches
             outputs = {"loss": torch.tensor(loss), **{name: torch.tensor(value) for name, value in more.items()}}
             if embeddings is not None:
                 outputs["embeddings"] = embeddings
-            module = SimpleNamespace(monitored=outputs)
+            module = SimpleNamespace(monitored=outputs, skipped=skipped)
             self.monitor.on_train_batch_start(self.trainer, module, None, self.parts - 1)  # type: ignore[arg-type]
             self.monitor.on_train_batch_end(self.trainer, module, None, None, self.parts - 1)
 
@@ -157,27 +163,13 @@ def test_steps_are_counted_even_when_few_are_logged(run: Run) -> None:
         training.step(COLLAPSED)
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_the_training(loss: float, run: Run) -> None:
-    training = driver(run, log_every=10)
-    training.step(count=9)
-    with pytest.raises(TrainingAborted, match=rf"the loss became {loss}.*last checkpoint is from before.*optim\.lr"):
-        training.step(loss=loss)
-    assert not (run.path / "metrics.jsonl").exists()
-
-
-@pytest.mark.parametrize("every", [1, 2, 100])
-def test_no_checkpoint_is_written_after_a_loss_that_is_not_finite(
-    every: int, run: Run, training: Any, tmp_path: Path
-) -> None:
-    def diverge(module: Any) -> None:
-        module.scale = math.nan
-
-    module = training.Tiny(at={4: diverge})
-    monitor = Monitor(MonitorConfig(log_every=100, collapse="off"), run, images=4, epoch_steps=2)
-    with pytest.raises(TrainingAborted, match="the loss became nan"):
-        training(module, [monitor, Checkpointer(tmp_path / "last.ckpt", every, monitor.check_finite)])
-    assert steps_done(tmp_path / "last.ckpt") == {1: 3, 2: 2, 100: 0}[every]
+def test_a_skipped_step_is_neither_remembered_nor_logged(run: Run) -> None:
+    training = driver(run)
+    training.step(count=2)
+    training.step(loss=math.nan, embeddings=torch.full((ROWS, WIDTH), math.nan), skipped=True)
+    training.step()
+    assert [line["step"] for line in read_metrics(run.path)] == [1, 2, 4]
+    assert math.isfinite(read_metrics(run.path)[-1]["rankme"])
 
 
 def test_a_line_of_metrics(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
