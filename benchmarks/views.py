@@ -3,10 +3,12 @@
     python benchmarks/views.py
 
 ``RGB``: the photo views of sslmed beside lightly's SimCLR transform and torchvision's v2 transforms, all with the same
-crops, mirrors and blurs, from pixels or a PIL image in memory to a normalised tensor. Colours are changed as each does
-it: lightly and torchvision change saturation and hue, sslmed the channels. ``grey``: the views of a 16-bit radiograph
-beside torchvision's, which take it as float32. ``device``: the views in torch, with drawing and stacking, beside those
-of the CPU; on a GPU where there is one, which the rows then say.
+crops, mirrors, blurs and share of grey views, from pixels in memory (lightly: a PIL image) to a float32 tensor,
+normalised with ImageNet's mean and deviation. Crops are shrunk as each does it: by areas, or bilinearly with
+antialiasing. So are colours changed: sslmed changes brightness, contrast and each channel in every view, lightly and
+torchvision brightness, contrast, saturation and hue in four of five. The hue is a third of lightly's time.
+``grey``: the views of a 16-bit radiograph beside torchvision's, which take it as float32. ``device``: the views in
+torch, with drawing and stacking, beside those of the CPU; on a GPU where there is one, which the rows then say.
 """
 
 import functools

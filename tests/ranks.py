@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -20,6 +21,7 @@ def context() -> Any:
     """A forkserver with the heavy imports done, shared by all tests that start processes."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(PRELOAD)
+    forkserver.ensure_running()  # with these, before a loader asks for its own
     return processes
 
 

@@ -163,6 +163,7 @@ def _segment(cell: Cell, store: Any, folder: Path, recorder: Recorder, resume: b
             run,
             monitor=monitor,
             workers=cell.workers,
+            recipe={},
             callbacks=[recorder],
         )
         assert recorder.stop is None, "the training was not stopped"
@@ -257,7 +258,7 @@ def child(words: Sequence[str], env: dict[str, str]) -> None:
 
         def with_recorder(config: Any, total: int, callbacks: list[Any], unused: bool) -> pl.Trainer:
             recorder = _ToFile(file, int(stop) or None, how, int(rank))
-            return build(config, total, [*callbacks[:-1], recorder, callbacks[-1]], unused)
+            return build(config, total, [*callbacks[:-2], recorder, *callbacks[-2:]], unused)
 
         fit.build_trainer = with_recorder
         _train_on_few(commands)

@@ -32,7 +32,7 @@ from sslmed.training.starts import Kind, Start, start, worded
 from sslmed.training.trainer import device, lightning_precision, processes
 
 PROBE_IMAGES = 1000  # at most, of train and of val: the probe while training is a thermometer, not a result
-BYTES_A_PARAMETER = 4 * (1 + 2) + 4  # weights and two moments in the checkpoint, weights in the artifact
+BYTES_A_PARAMETER = 4 * (1 + 2)  # of a checkpoint: the weight and two moments
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _pretrain(settings: PretrainRecipe, data: str | Path, out: str | Path, resum
     with together():
         store = open_store(data)
         rows = _training_rows(store)
-        settings.train.total_steps(len(rows))
+        settings.train.check(len(rows))
         method, dataset, begun, notes = _assemble(settings, store)
     probe = _probe(method.exported, settings, store)
     run = _open(settings, store, begun, out, resume or goes_on(out))
@@ -144,7 +144,8 @@ def _pretrain(settings: PretrainRecipe, data: str | Path, out: str | Path, resum
             settings.optim,
             run,
             monitor=settings.monitor,
-            workers=settings.data.worker_count(),
+            workers=settings.data.workers,
+            recipe=settings.model_dump(mode="json"),
             probe=probe,
             callbacks=[Pictures(run, settings.monitor.pictures_every * epoch_steps)],
         )
@@ -193,7 +194,8 @@ def plan(recipe: str | Path, data: str | Path, *, overrides: Sequence[str] = ())
         len(set(store.patients(rows))),
         settings.train.total_steps(len(rows)),
         steps_per_epoch(len(rows), settings.train.batch_size),
-        2 * parameters * BYTES_A_PARAMETER,  # while a checkpoint is written the earlier one is still there
+        # those kept, the one that is being written, and the artifact
+        parameters * (BYTES_A_PARAMETER * (settings.train.keep_checkpoints + 1) + 4),
         begun.lines,
         notes,
         command("sslmed", "pretrain", recipe, "--data", data, "--out", "RUN", *overrides),

@@ -48,10 +48,13 @@ class Jitter(NamedTuple):
 class Normalise(Protocol):
     """(pixels, intensity of their scan, jitter) -> float32; of windows alone is the jitter.
 
-    A value becomes what it becomes whatever its place in the image and its neighbours are.
+    What becomes of a value depends on no other one, nor on its place in the image: it may be looked up in a table,
+    which is kept for the next image of the same intensity.
     """
 
     def __call__(self, pixels: Pixels, intensity: Intensity, jitter: Jitter = ..., /) -> Pixels: ...
+
+    def __hash__(self) -> int: ...
 
 
 STILL = Jitter(0.0, 1.0)
@@ -217,7 +220,7 @@ IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 def as_imagenet(pixels: Pixels, intensity: Intensity, _jitter: Jitter = STILL) -> Pixels:
     """(clip((x - low) / (high - low), 0, 1) - mean) / std, per channel with ImageNet's; grey takes their averages."""
     unit = _unit(pixels, intensity.low, intensity.high)
-    if pixels.ndim == 3:
+    if pixels.shape[2:] == IMAGENET_MEAN.shape:
         rows, width = unit.reshape(len(unit), -1), unit.shape[1]  # NumPy is slow over an axis of three
         return ((rows - np.tile(IMAGENET_MEAN, width)) / np.tile(IMAGENET_STD, width)).reshape(unit.shape)
     return np.asarray((unit - IMAGENET_MEAN.mean()) / IMAGENET_STD.mean())

@@ -1,6 +1,8 @@
 """From the store to batches: the views of samples as tensors. `sslmed.data.sampling` says which a step gets."""
 
+import atexit
 import functools
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -74,13 +76,6 @@ class DataConfig(Config):
         if slices % 2 == 0:
             raise ValueError("allowed: an odd number, as many on either side")
         return slices
-
-    def worker_count(self) -> int:
-        """The number of worker processes."""
-        if self.workers == "auto":
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            return max(0, min(MOST_WORKERS, cores - 2))
-        return self.workers
 
 
 @dataclass
@@ -209,6 +204,7 @@ class Loader(DataLoader[Any]):
     """A DataLoader that raises our own errors here, in the process that asked."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        died = False
         try:
             for batch in super().__iter__():
                 if isinstance(batch, SslmedError):
@@ -217,11 +213,13 @@ class Loader(DataLoader[Any]):
         except RuntimeError as error:
             if not any(sign in str(error) for sign in DEATHS):
                 raise
+            died = True
+        if died:  # not where its traceback, which holds the other workers, would be kept
             raise TemporaryError(
                 "a reading process died: for want of memory, of room in /dev/shm, or of "
                 "`if __name__ == '__main__':` in your script.\n"
                 "Try again with fewer data.workers; 0 needs no /dev/shm. A container gets more of it with --shm-size."
-            ) from error
+            )
 
 
 def stream_loader(
@@ -316,11 +314,26 @@ class Collate:
 def _worker_options(workers: int, prefetch: int = PREFETCH) -> dict[str, Any]:
     if not workers:
         return {"num_workers": 0}
+    _end_workers_at_exit()
     # not fork: a child forked after torch or OpenCV started threads can hang
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # else each worker imports torch by itself, for seconds
     start = functools.partial(follow, os.getpid())
     return {
         "num_workers": workers,
-        "multiprocessing_context": "forkserver",
+        "multiprocessing_context": context,
         "worker_init_fn": start,
         "prefetch_factor": prefetch,
     }
+
+
+@functools.cache
+def _end_workers_at_exit() -> None:
+    """Python would send those that are left a SIGTERM, which they leave alone (`follow`), and wait for ever."""
+    atexit.register(_end_workers)
+
+
+def _end_workers() -> None:
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

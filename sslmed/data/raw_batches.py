@@ -62,8 +62,10 @@ class RawBatch:
     epoch: int
     views: DeviceViews
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "RawBatch":
-        """The batch on ``device``."""
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "RawBatch":
+        """The batch on ``device``. By default the program goes on while a GPU fetches what lies in pinned memory."""
+        if non_blocking is None:
+            non_blocking = self.ids.is_pinned()
         target, ids, groups = (
             each.to(device, non_blocking=non_blocking) for each in (self.target, self.ids, self.groups)
         )

@@ -223,7 +223,7 @@ def _normalised(pixels: Pixels, intensity: Intensity, normalise: Normalise, jitt
     return normalise(pixels, intensity, jitter)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)  # photos are all measured alike
 def _table(normalise: Normalise, intensity: Intensity, jitter: Jitter, planes: tuple[int, ...]) -> Pixels:
     """What becomes of each byte, (1, 256) or (1, 256, n)."""
     values = np.arange(256, dtype=np.uint8).reshape(1, 256, *[1] * len(planes))
@@ -240,7 +240,7 @@ def _geometry(config: ViewConfig, size: ImageSize, tile: bool) -> Any:
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else the import asks the network for a newer version
     import albumentations
 
-    class Crop(albumentations.RandomResizedCrop):
+    class Crop(albumentations.RandomResizedCrop):  # type: ignore[misc]  # it has no types
         def apply(self, img: Pixels, crop_coords: tuple[int, int, int, int], **_: Any) -> Pixels:
             left, top, right, bottom = crop_coords
             crop = img[top:bottom, left:right]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sslmed.config import DataError
+from sslmed.config import DataError, UsageError
 from sslmed.console import say
 from sslmed.data.store import Store
 from sslmed.evaluation import metrics, overlap, predictions, protocol
@@ -18,6 +18,7 @@ from sslmed.supervised.result import conclude
 from sslmed.supervised.starting import RANDOM
 from sslmed.supervised.task import labelled, target_of
 from sslmed.supervised.tuning import Job, carry_out, open_run, prepare
+from sslmed.training.trainer import processes
 
 FINETUNED = "fine-tuned"
 RUNS = "runs"
@@ -61,6 +62,8 @@ def prepared(recipe: FinetuneRecipe, store: Store, cell: Cell) -> Job:
     Raises:
         UsageError, MissingInputError, DataError: see `tuning.prepare`.
     """
+    if processes(recipe.train) > 1:
+        raise UsageError(f"train.devices is {recipe.train.devices}; evaluate fine-tunes in one process: remove it")
     labels = recipe.labels.model_copy(update={"budget": cell.budget, "seed": cell.seed})
     train = recipe.train.model_copy(update={"seed": cell.seed})
     settings = cell.arm.recipe(recipe).model_copy(update={"labels": labels, "train": train})

@@ -66,6 +66,7 @@ def prepare(recipe: FinetuneRecipe, store: Store, source: str | Path) -> Job:
     if settings.data.augment_on == "device" and task.target.kind == "mask":
         raise UsageError("data.augment_on is device, but masks move with their images on the cpu alone; remove it")
     settings = settings.model_copy(update={"train": _at_most(settings.train, len(task.train))})
+    settings.train.check(len(task.train))
     seed_everything(settings.train.seed)
     kind = HEADS[settings.head.name]  # type: ignore[attr-defined]
     head = kind(settings.head, begun.start.backbone, len(task.target.classes), task.target.kind)
@@ -150,7 +151,8 @@ def _fit(job: Job, run: Run) -> int:
         settings.optim,
         run,
         monitor=MonitorConfig(knn_every=0, collapse="off"),
-        workers=settings.data.worker_count(),
+        workers=settings.data.workers,
+        recipe=settings.model_dump(mode="json"),
         callbacks=[average, stop],
         strata=_strata(job.task) if head.config.drawn_evenly else None,
         signals=signals,

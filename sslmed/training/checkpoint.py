@@ -1,6 +1,7 @@
 """When checkpoints are written, and a resume that repeats to the last bit."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,16 @@ class Checkpointer(pl.Callback):
     part of what is saved.
     """
 
-    def __init__(self, path: Path, every: int, signals: SignalWatch, earlier: int = 1) -> None:
-        """``earlier`` is how many checkpoints are kept beside the last."""
-        self.path, self.every, self.signals, self.earlier = path, every, signals, earlier
+    def __init__(
+        self,
+        path: Path,
+        every: int,
+        signals: SignalWatch,
+        earlier: int = 1,
+        saved: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``earlier`` is how many checkpoints are kept beside the last; ``saved`` is called after each."""
+        self.path, self.every, self.signals, self.earlier, self.saved = path, every, signals, earlier, saved
         self.found: Found | None = None
         self._random_state: dict[str, Any] | None = None
 
@@ -118,6 +126,7 @@ class Checkpointer(pl.Callback):
         io = trainer.strategy.checkpoint_io
         distributed.first(io.settle if isinstance(io, DurableCheckpointIO) else lambda: None)
         self.found = Found(self.path, trainer.global_step)
+        self.saved()
 
     def _keep_the_last(self) -> None:
         if self.found is not None and self.found.path == self.path:

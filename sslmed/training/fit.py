@@ -2,18 +2,18 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytorch_lightning as pl
 import torch
 
 from sslmed import distributed
 from sslmed.config import ElsewhereError, Interrupted, TemporaryError, TrainingAborted, UsageError
-from sslmed.data.loading import ViewDataset, stream_loader
+from sslmed.data.loading import Loader, ViewDataset, stream_loader
 from sslmed.data.raw_batches import RawCollate, RawDataset
 from sslmed.data.sampling import Rows, StreamSampler, steps_per_epoch
 from sslmed.keyed_rng import key
@@ -26,9 +26,12 @@ from sslmed.training import launch
 from sslmed.training.checkpoint import Checkpointer
 from sslmed.training.checkpoint_files import Found
 from sslmed.training.guard import Guard
+from sslmed.training.input_speed import choose
+from sslmed.training.loggers import Mirrors
 from sslmed.training.monitors import Monitor, MonitorConfig
 from sslmed.training.signals import SignalWatch
-from sslmed.training.trainer import TrainConfig, build_trainer, device
+from sslmed.training.trainer import TrainConfig, build_trainer, device, lightning_precision
+from sslmed.training.wait_meter import WaitMeter
 from sslmed.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -60,7 +63,8 @@ def fit(
     run: Run,
     *,
     monitor: MonitorConfig,
-    workers: int,
+    workers: Literal["auto"] | int,
+    recipe: Mapping[str, Any],
     probe: Callable[[], dict[str, float]] | None = None,
     callbacks: Sequence[pl.Callback] = (),
     strata: Rows | None = None,
@@ -69,6 +73,8 @@ def fit(
     """Train ``module`` on ``rows`` to the end, from the run's checkpoint if it has one.
 
     Args:
+        workers: ``data.workers``.
+        recipe: what loggers are told of the run.
         probe: see `Monitor`.
         strata: (rows,) numbers; each is met equally often. None takes all rows alike.
         signals: those that ``callbacks`` heed.
@@ -85,10 +91,43 @@ def fit(
     run.rewind(done)
     module.prepare(optim, train.batch_size, total, epoch_steps)
     _make_ready(module, train, fresh=not done)
+    loader, meter = _loader(module, dataset, rows, train, run, workers, strata, done) if done < total else (None, None)
+    if train.compile:  # after what was tried on a copy
+        compile_parts(module, device(train))
+    started = time.monotonic()
+    with signals, _mirrored(run, train, recipe, done) as mirrors:
+        watcher = Monitor(monitor, run, train.batch_size, epoch_steps, probe, signals, meter)
+        keeper = Checkpointer(
+            run.checkpoint, train.save_every_steps, signals, train.keep_checkpoints - 1, mirrors.flush
+        )
+        keeper.found = Found(Path(found[0]), done) if found else None
+        guard = Guard(train.skip_steps, train.rollbacks, train.save_every_steps, run)
+        watchdog = Watchdog(run, 54 * train.timeout)  # before collectives give up, after 60
+        ordered = [watchdog, guard, watcher, *callbacks, keeper, *([meter] if meter else [])]
+        trainer = build_trainer(train, total, ordered, bool(module.without_gradient))
+        if loader is not None:
+            with _said_well(run, watchdog, signals):
+                trainer.fit(module, loader, ckpt_path=found[0] if found else None, weights_only=True)
+        elif found:
+            _finish(trainer, module, files.load(Path(found[0])))
+    return Fitted(total, time.monotonic() - started)
+
+
+def _loader(
+    module: "Method | Head",
+    dataset: ViewDataset | RawDataset,
+    rows: Rows,
+    train: TrainConfig,
+    run: Run,
+    workers: Literal["auto"] | int,
+    strata: Rows | None,
+    done: int,
+) -> tuple[Loader, WaitMeter]:
+    """The batches after ``done`` steps, by as many workers as keep up, and what measures whether they do."""
     sampler = StreamSampler(
         rows,
         train.batch_size,
-        total,
+        train.total_steps(len(rows)),
         train.seed,
         accumulate=train.accumulate,
         start=done * train.accumulate,
@@ -96,23 +135,36 @@ def fit(
         world_size=distributed.world_size(),
         strata=strata,
     )
-    keeper = Checkpointer(run.checkpoint, train.save_every_steps, signals, train.keep_checkpoints - 1)
-    keeper.found = Found(Path(found[0]), done) if found else None
-    guard = Guard(train.skip_steps, train.rollbacks, train.save_every_steps, run)
-    watchdog = Watchdog(run, 54 * train.timeout)  # before collectives give up, after 60
-    watcher = Monitor(monitor, run, train.batch_size, epoch_steps, probe, signals)
-    trainer = build_trainer(train, total, [watchdog, guard, watcher, *callbacks, keeper], bool(module.without_gradient))
-    started = time.monotonic()
-    if done < total:
-        collate = RawCollate(train.seed) if isinstance(dataset, RawDataset) else None
-        pin = device(train) == "cuda"
-        loader = stream_loader(dataset, sampler, workers, pin=pin, collate=collate)
-        with signals, _said_well(run, watchdog, signals):
-            trainer.fit(module, loader, ckpt_path=found[0] if found else None, weights_only=True)
-    elif found:
-        with signals:
-            _finish(trainer, module, files.load(Path(found[0])))
-    return Fitted(total, time.monotonic() - started)
+    collate = RawCollate(train.seed) if isinstance(dataset, RawDataset) else None
+    chosen = choose(
+        workers,
+        dataset,
+        sampler,
+        module,
+        device=torch.device(device(train)),
+        bf16=lightning_precision(train) == "bf16-mixed",
+        processes_per_node=launch.place().local_world_size,
+        collate=collate,
+    )
+    for line in chosen.lines:
+        run.say(line)
+    pin = device(train) == "cuda"
+    loader = stream_loader(dataset, sampler, chosen.workers, chosen.prefetch, pin=pin, collate=collate)
+    return loader, WaitMeter(run.say, chosen)
+
+
+@contextmanager
+def _mirrored(run: Run, train: TrainConfig, recipe: Mapping[str, Any], done: int) -> Iterator[Mirrors]:
+    """Whatever the run logs goes to its loggers as well; the first process has them."""
+    names = () if distributed.rank() else train.loggers
+    mirrors = Mirrors(names, run.path, str(run.fact("id")), recipe, run.say, start=done)
+    run.mirror(mirrors.log)
+    ended = False
+    try:
+        yield mirrors
+        ended = True
+    finally:
+        mirrors.close(ended)
 
 
 def _found(run: Run) -> list[Any] | None:
@@ -136,8 +188,6 @@ def _make_ready(module: "Method | Head", train: TrainConfig, fresh: bool) -> Non
     if train.checkpoint_gradients:
         module.backbone.checkpoint_gradients()
     module.to(memory_format=torch.channels_last)
-    if train.compile:
-        compile_parts(module, device(train))
     module.train()  # Lightning leaves modes as they are, and a loaded backbone comes in evaluation mode
 
 

@@ -46,7 +46,7 @@ class Mirrors:
         start: int = 0,
     ) -> None:
         for name in names:
-            _refuse_missing(name)
+            refuse_missing(name)
         self._say = say
         self._sinks: dict[str, Sink] = {}
         origin = Origin(run_path, run_id, dict(_flat(recipe)), start, say)
@@ -151,7 +151,12 @@ class Background:
             self._error = error if isinstance(error, Exception) else RuntimeError(repr(error))
 
 
-def _refuse_missing(name: LoggerName) -> None:
+def refuse_missing(name: LoggerName) -> None:
+    """Refuse a logger whose library is not installed.
+
+    Raises:
+        MissingDependencyError: with the pip line.
+    """
     found = name == "csv" or find_spec(name)
     # a folder that happens to be called wandb or mlflow is a spec without an origin
     if not found or (found is not True and found.origin is None):

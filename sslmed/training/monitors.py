@@ -15,6 +15,7 @@ from sslmed.config import Config
 from sslmed.run import Run
 from sslmed.training.alarms import Action, Alarms
 from sslmed.training.signals import SignalWatch
+from sslmed.training.wait_meter import WaitMeter
 
 RANKME_ROWS = 1024
 
@@ -50,7 +51,7 @@ class Monitor(pl.Callback):
         epoch_steps: optimizer steps an epoch.
         probe: returns scores by name; called on the first process, every ``knn_every`` epochs and at the end.
         signals: may cut a probe short, which then comes first after a resume.
-        waiting: of data, a share of the time since it was last asked; None when there is nothing to tell.
+        meter: of the time that steps wait for data.
     """
 
     def __init__(
@@ -61,10 +62,10 @@ class Monitor(pl.Callback):
         epoch_steps: int,
         probe: Callable[[], dict[str, float]] | None = None,
         signals: SignalWatch | None = None,
-        waiting: Callable[[], float | None] = lambda: None,
+        meter: WaitMeter | None = None,
     ) -> None:
         self.config, self.run, self.images, self.epoch_steps, self.probe = config, run, images, epoch_steps, probe
-        self.signals, self.waiting = signals or SignalWatch(), waiting
+        self.signals, self.meter = signals or SignalWatch(), meter
         self._recent: deque[torch.Tensor] = deque()
         actions: dict[str, Action] = {name: getattr(config, name) for name in ("collapse", "explosion", "frozen")}
         self._alarms = Alarms(actions, config.collapse_steps, config.log_every, run.say)
@@ -120,7 +121,7 @@ class Monitor(pl.Callback):
         health = self._health()
         means = distributed.means({**scalars, **health, **self._embedding_norm()})
         rate, left = self._speed.measure(step, total)
-        waiting = self.waiting()
+        waiting = self.meter.take() if self.meter else None
         self.run.log(
             step,
             epoch=step / self.epoch_steps,
@@ -169,6 +170,8 @@ class Monitor(pl.Callback):
             self.run.log(step, epoch=step / self.epoch_steps, **scores)
             self.run.say(f"step {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         self._speed.restart(step)  # the probe's time is not training time
+        if self.meter:
+            self.meter.restart()
 
 
 def embedding_std(embeddings: torch.Tensor) -> float:

@@ -16,7 +16,7 @@ from sslmed.config import Config, UsageError
 from sslmed.data.sampling import steps_per_epoch
 from sslmed.training.checkpoint import DurableCheckpointIO
 from sslmed.training.launch import Environment, place
-from sslmed.training.loggers import LoggerName
+from sslmed.training.loggers import LoggerName, refuse_missing
 
 DEFAULT_EPOCHS = 100
 
@@ -76,6 +76,17 @@ class TrainConfig(Config):
         if self.batch_size // self.accumulate < 2:
             raise ValueError(f"accumulate is {self.accumulate}; allowed: at most half of batch_size, {self.batch_size}")
         return self
+
+    def check(self, images: int) -> None:
+        """Refuse what could not be carried out on ``images`` images here.
+
+        Raises:
+            UsageError: a step needs more images.
+            MissingDependencyError: a logger is not installed.
+        """
+        self.total_steps(images)
+        for name in self.loggers:
+            refuse_missing(name)
 
     def total_steps(self, images: int) -> int:
         """Optimizer steps of a training on ``images`` images."""

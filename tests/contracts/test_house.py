@@ -47,6 +47,9 @@ DOORS = {
     "yaml": ["recipe.py"],
     "pytorch_lightning": ["methods/method.py", "heads/head.py", "data/loading.py", "training/"],
     "typer": ["cli/"],
+    "wandb": ["training/sinks.py"],
+    "mlflow": ["training/sinks.py"],
+    "tensorboard": ["training/sinks.py"],
     "matplotlib": ["data/previews/panels.py"],
 }
 FORBIDDEN_NAMES = {"utils", "core", "common", "helpers", "registry", "constants", "types"}

@@ -77,6 +77,7 @@ def test_photo_by_value() -> None:
     assert dtype_range(RGB.astype(np.uint16))[:2] == (0, 65535)
     expected = (RGB / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(as_imagenet(RGB, dtype_range(RGB)), expected, atol=1e-5)
+    np.testing.assert_allclose(as_imagenet(np.rot90(RGB), dtype_range(RGB)), np.rot90(expected), atol=1e-5)
     grey = as_imagenet(RGB[..., 0], dtype_range(RGB))
     np.testing.assert_allclose(grey, (RGB[..., 0] / 255 - 0.449) / 0.226, atol=1e-5)
 

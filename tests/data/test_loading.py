@@ -3,7 +3,8 @@ import multiprocessing
 import os
 import pickle
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from sslmed.config import DataError, TemporaryError
 from sslmed.data import loading, targets
 from sslmed.data.annotations.writer import annotate
 from sslmed.data.loading import (
-    MOST_WORKERS,
     Batch,
     Collate,
     DataConfig,
@@ -86,12 +86,34 @@ def test_a_killed_worker_ends_the_stream(
     before = set(multiprocessing.active_children())
     iterator = iter(stream_loader(dataset, StreamSampler(phantom_store.rows("train")[:8], 4, steps=500, seed=0), 2, 1))
     next(iterator)
-    worker, _ = set(multiprocessing.active_children()) - before
-    os.kill(worker.pid or 0, signal.SIGKILL)
+    killed, _ = set(multiprocessing.active_children()) - before
+    os.kill(killed.pid or 0, signal.SIGKILL)
     with pytest.raises(TemporaryError, match=r"for want of memory, of room in /dev/shm.*") as caught:
         list(iterator)
     assert "fewer data.workers" in str(caught.value)
     assert "--shm-size" in str(caught.value)
+    assert set(multiprocessing.active_children()) == before, "the error that is kept keeps no worker"
+
+
+def test_workers_that_are_left_end_with_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks = list[Callable[[], None]]()
+    monkeypatch.setattr("atexit.register", hooks.append)
+    loading._end_workers_at_exit.cache_clear()
+    for _ in range(2):
+        loading._worker_options(1)
+    (hook,) = hooks
+    worker, other = (ranks.context().Process(target=time.sleep, args=(60,), daemon=ours) for ours in (True, False))
+    for process in (worker, other):
+        process.start()
+    try:
+        hook()
+        worker.join(10)
+        assert worker.exitcode == -signal.SIGKILL, "SIGTERM, which Python sends, they leave alone"
+        assert other.is_alive()
+    finally:
+        other.kill()
+        other.join()
+        loading._end_workers_at_exit.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -131,8 +153,8 @@ def test_a_worker_shares_its_batch_before_it_is_sent(monkeypatch: pytest.MonkeyP
 
 def test_batches_are_made_ahead_and_pinned_as_asked(dataset: ViewDataset, phantom_store: Store) -> None:
     sampler = StreamSampler(phantom_store.rows("train")[:8], 4, steps=5, seed=0)
-    loader = stream_loader(dataset, sampler, 3, prefetch=1, pin=True)
-    assert (loader.num_workers, loader.prefetch_factor, loader.pin_memory) == (3, 1, True)
+    loader = stream_loader(dataset, sampler, 1, prefetch=3, pin=True)
+    assert (loader.num_workers, loader.prefetch_factor, loader.pin_memory) == (1, 3, True)
     loader = stream_loader(dataset, sampler, 0)
     assert (loader.num_workers, loader.prefetch_factor, loader.pin_memory) == (0, None, False)
 
@@ -306,13 +328,6 @@ def test_an_input_that_is_not_square(phantom_store: Store) -> None:
 
 
 # Settings.
-
-
-@pytest.mark.parametrize(("cores", "workers"), [(1, 0), (2, 0), (3, 1), (6, 4), (64, MOST_WORKERS)])
-def test_auto_leaves_two_cores_to_the_trainer(cores: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
-    assert DataConfig().worker_count() == workers
-    assert DataConfig(workers=5).worker_count() == 5
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 import pickle
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from sslmed.data.intensity import STILL, Intensity, Jitter
+from sslmed.data.intensity import STILL, Intensity, Jitter, Window, Windowed, as_imagenet
 from sslmed.data.modality import MODALITIES
-from sslmed.data.views import Augment, ViewConfig, _intensity, letterbox, shrink
+from sslmed.data.views import Augment, ViewConfig, _intensity, _normalised, _resize, letterbox, shrink
 from sslmed.keyed_rng import rng
 
 SIZE = 32
@@ -316,6 +317,64 @@ def test_knobs_that_are_not_set_draw_nothing() -> None:
     np.testing.assert_allclose(made, expected, atol=1e-5)
 
 
+def test_a_view_of_a_photo_is_what_its_draws_say_step_by_step() -> None:
+    """In float64 with NumPy alone, and not one draw more or less."""
+    config = ViewConfig(brightness=0.4, contrast=0.4, gamma=0.2, colour=0.2, grey=0.5, solarize=0.5, noise=0.1)
+    before = as_imagenet(RGB, to(255))
+    kept, greys = before.copy(), 0
+    for sample in range(12):
+        made_by, drawn = (rng(0, 0, sample, "view") for _ in range(2))
+        made = _intensity(before, config, made_by)
+        factor, shift, gamma = (drawn.uniform(-most, most) for most in (0.4, 0.4, 0.2))
+        view = (before.astype(np.float64) - before.mean()) * (1 + factor) + before.mean() + shift
+        low, high = view.min(), view.max()
+        view = low + (high - low) * ((view - low) / (high - low)) ** np.exp(gamma)
+        view = view * drawn.uniform(0.8, 1.2, size=3)
+        if drawn.random() < 0.5:
+            view, greys = np.repeat(view.mean(axis=2, keepdims=True), 3, axis=2), greys + 1
+        if drawn.random() < 0.5:
+            ends = view.min() + view.max()
+            view = np.where(view > ends / 2, ends - view, view)
+        view = view + drawn.uniform(0, 0.1) * drawn.standard_normal(view.shape, dtype=np.float32)
+        far = np.abs(made - view) > 2e-5
+        assert far.mean() < 0.001  # what lies on the middle may be inverted or not
+        assert made_by.integers(2**63) == drawn.integers(2**63)
+    assert 0 < greys < 12
+    np.testing.assert_array_equal(before, kept)
+
+
+# Bytes.
+
+
+@pytest.mark.parametrize("name", MODALITIES)
+@pytest.mark.parametrize("windows", [1, 2, 3])
+def test_a_looked_up_byte_is_a_normalised_one(name: str, windows: int) -> None:
+    normalise = MODALITIES[name].normalise
+    if isinstance(normalise, Windowed):
+        normalise = Windowed((Window(40, 80), Window(-500, 1500), Window(100, 33))[:windows])
+    intensity, bits = Intensity(12.5, 201, 90, 40), (GREY >> 8).astype(np.uint8)
+    many = (np.dstack([bits, bits[::-1], bits.T, bits[:, ::-1], bits]), Intensity(0, 255, 1, 1))
+    for pixels, by in ((bits, intensity), (RGB, intensity), (np.rot90(RGB), intensity), many):
+        for jitter in (STILL, Jitter(0.1, 0.9)):
+            expected = normalise(pixels, by, jitter)
+            np.testing.assert_array_equal(_normalised(pixels, by, normalise, jitter), expected)
+            np.testing.assert_array_equal(_normalised(pixels, by, normalise, jitter), expected)  # and from the cache
+
+
+@pytest.mark.parametrize("size", [(24, 40), (32, 32), (33, 31)])
+def test_averaged_colours_are_opencvs(size: tuple[int, int]) -> None:
+    """To the level, where both sides shrink, one does, none, and by whole numbers; noise and edges."""
+    noise = np.random.default_rng(0).integers(0, 256, (200, 180, 3), dtype=np.uint8)
+    for pixels in (noise, np.where(noise > 127, np.uint8(255), np.uint8(0))):
+        for height in (16, 33, 41, 48, 64, 96, 99, 137, 193):
+            for width in (17, 31, 40, 62, 64, 80, 93, 120, 171):
+                crop = pixels[3 : 3 + height, 5 : 5 + width]
+                method = cv2.INTER_AREA if height > size[0] or width > size[1] else cv2.INTER_LINEAR
+                expected = cv2.resize(np.ascontiguousarray(crop), size[::-1], interpolation=method)
+                averaged = method == cv2.INTER_AREA
+                np.testing.assert_array_equal(_resize(crop, size, averaged=averaged), expected)
+
+
 # Height and width.
 
 
@@ -385,21 +444,23 @@ def test_geometry_of_hu_keeps_sign_and_scale(dtype: type[np.generic], planes: tu
     low, high = (0, 250) if dtype == np.uint8 else (0, 5000) if dtype == np.uint16 else (-2000, 3000)
     column = np.linspace(low, high, 64).astype(dtype)
     pixels = np.ascontiguousarray(np.broadcast_to(column.reshape(1, 64, *(1 for _ in planes)), (64, 64, *planes)))
-    seen: list[np.ndarray] = []
+    dtypes: set[np.dtype[Any]] = set()
 
     def note(view: np.ndarray, intensity: Intensity, jitter: Jitter = STILL) -> np.ndarray:
-        seen.append(view)
+        dtypes.add(view.dtype)
         return view.astype(np.float32)
 
+    made: list[np.ndarray] = []
     whole, turned = ({**SQUARE, "hflip": 1, "vflip": 1, "rot90": 1}, {"crop": (0.3, 1), "rotate": 30})
     for config in (whole, turned):
         augment = Augment((ViewConfig(**config),), 64, note, seed=0)
         for sample in range(8):
-            augment(pixels, Intensity(low, high, 0, 1), epoch=0, sample=sample)
-    assert {(view.dtype, view.shape) for view in seen} == {(np.dtype(dtype), (64, 64, *planes))}
-    for view in seen[:8]:  # moved as they are
+            made += augment(pixels, Intensity(low, high, 0, 1), epoch=0, sample=sample)
+    assert dtypes == {np.dtype(dtype)}
+    assert {view.shape for view in made} == {(64, 64, *planes)}
+    for view in made[:8]:  # moved as they are
         assert sorted(view.ravel().tolist()) == sorted(pixels.ravel().tolist())
-    for view in seen[8:]:
+    for view in made[8:]:
         assert low <= view.min()
         assert view.max() <= high
         assert view.std() > 0.3 * pixels.std()
