@@ -21,6 +21,7 @@ import torch
 from sslmed import __version__, console, distributed
 from sslmed.config import (
     DataError,
+    DiskError,
     Interrupted,
     MissingInputError,
     OutputExistsError,
@@ -179,8 +180,7 @@ class Run:
         """Append one line to metrics.jsonl."""
         if self._lock is None:
             return
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        self._append("metrics.jsonl", json.dumps({"step": step, **values}) + "\n")
         for mirror in self._mirrors:
             mirror(step, values)
 
@@ -204,8 +204,14 @@ class Run:
             name = f"train-rank-{distributed.rank()}.log"
         else:
             console.say(line)
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+        self._append(name, f"{time.strftime('%H:%M:%S')} {line}\n")
+
+    def _append(self, name: str, text: str) -> None:
+        try:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise DiskError(f"cannot write {self.path / name}: {error.strerror}. Go on with --resume.") from error
 
     def __enter__(self) -> Self:
         return self._enter("running")
@@ -216,6 +222,9 @@ class Run:
         self._state["exit_code"] = _exit_code(error)
         try:
             self._enter("done" if error is None else "interrupted" if _interrupted(error) else "failed")
+        except DiskError:
+            if error is None:
+                raise
         finally:
             self.close()
 

@@ -379,3 +379,12 @@ def pretrain_on_ranks(store: str, out: str, settings: tuple[str, ...], bad: int 
     except SslmedError as error:
         ended = [type(error).__name__, error.exit_code, str(error)]
     return [ended, dict(fitted[0].state_dict()) if fitted else {}]
+
+
+def started_again(out: str) -> bool:
+    """Whether a run goes on by itself when torchrun has counted a restart on the second machine alone."""
+    from sslmed import distributed
+    from sslmed.training.launch import goes_on
+
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(distributed.rank())
+    return goes_on(out)

@@ -8,21 +8,15 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
+import ranks
 import torch
-
-from sslmed import torchvision_ops
-
-torchvision_ops.mend()  # this file is a script too
-
-import pytorch_lightning as pl  # noqa: E402
-import ranks  # noqa: E402
 
 METHODS = ("simclr", "byol", "mae", "rotation")
 STOPS = {"mid-epoch 0": (2,), "epoch end": (4,), "mid-epoch 1": (6,), "twice": (3, 7)}
@@ -199,25 +193,22 @@ def _launched(cell: Cell, store: Path, folder: Path, stop: int | None, resume: b
     """The exit code of each rank."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(json.dumps(_recipe(cell)))
-    started: list[Any] = []
+    started = []
+    context = ranks.context()
+    server = str(forkserver._forkserver._forkserver_address)  # type: ignore[attr-defined]
     for rank in range(cell.world):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": cell.world, "LOCAL_WORLD_SIZE": cell.world}
         env = {name: str(value) for name, value in place.items()} if cell.world > 1 else {}
         env |= {"SSLMED_MEETING": str(meeting), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
         here = stop if rank == cell.world - 1 else None
         words = [str(each) for each in (recipe, store, folder / "run", int(resume), here or 0, cell.how, folder, rank)]
-        if cell.workers:  # a DataLoader's workers hang in a process that a forkserver has made
-            started.append(subprocess.Popen([sys.executable, __file__, *words], env=os.environ | env))
-        else:
-            started.append(ranks.context().Process(target=child, args=(words, env)))
-            started[-1].start()
+        started.append(context.Process(target=child, args=(words, env, server)))
+        started[-1].start()
     return [_wait(process) for process in started]
 
 
 def _wait(process: Any) -> int:
-    if isinstance(process, subprocess.Popen):
-        return process.wait(120)
-    process.join(120)
+    process.join(240)
     code: int | None = process.exitcode
     if code is None:
         process.kill()
@@ -244,13 +235,18 @@ def _recipe(cell: Cell) -> dict[str, Any]:
     }
 
 
-def child(words: Sequence[str], env: dict[str, str]) -> None:
-    """One rank, from start to end or stop; ends with the command's exit code."""
+def child(words: Sequence[str], env: dict[str, str], server: str) -> None:
+    """One rank, from start to end or stop; ends with the command's exit code.
+
+    Its DataLoader's workers come from the forkserver at ``server`` too; one of its own would import torch again.
+    """
     from sslmed.commands import pretrain as commands
     from sslmed.config import SslmedError
     from sslmed.training import fit
 
     os.environ |= env
+    forkserver._forkserver._forkserver_address = server  # type: ignore[attr-defined]
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
     torch.set_num_threads(1)
     recipe, store, out, resume, stop, how, folder, rank = words
     with open(Path(folder) / f"ids-{rank}-{os.getpid()}.jsonl", "w", buffering=1) as file:
@@ -291,15 +287,21 @@ def _train_on_few(commands: Any) -> None:
     commands._training_rows = lambda store: rows(store)[: BATCH * EPOCH]
 
 
-def outcomes(cells: Sequence[Cell], store: Path, folder: Path) -> Iterator[tuple[Cell, bool]]:
-    """Whether each cell ends as its undisturbed twin does; every twin is trained once."""
+def outcomes(cells: Sequence[Cell], store: Any, folder: Path, alone_here: bool = False) -> Iterator[tuple[Cell, bool]]:
+    """Whether each cell ends as its undisturbed twin does; every twin is trained once.
+
+    With ``alone_here`` those of one process are trained in this one, where a kill -9 is an exception that nobody
+    catches.
+    """
     known: dict[Cell, Outcome] = {}
+
+    def outcome(cell: Cell, name: str) -> Outcome:
+        if alone_here and cell.world == 1:
+            return in_this_process(cell, store, folder / name)
+        return in_processes(cell, store.path, folder / name)
+
     for number, cell in enumerate(cells):
         twin = cell.never
         if twin not in known:
-            known[twin] = in_processes(twin, store, folder / f"never-{len(known)}")
-        yield cell, in_processes(cell, store, folder / f"cell-{number}").same(known[twin])
-
-
-if __name__ == "__main__":
-    child(sys.argv[1:], {})
+            known[twin] = outcome(twin, f"never-{len(known)}")
+        yield cell, outcome(cell, f"cell-{number}").same(known[twin])

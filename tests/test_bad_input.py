@@ -277,7 +277,8 @@ def test_ctrl_c_while_pretraining_keeps_the_checkpoint(
     assert "stopped by SIGINT after step 2; the checkpoint is saved." in said
     assert "--resume" in said
     found = newest(out / "checkpoints" / "last.ckpt", print)
-    assert found is not None and found.step == 2
+    assert found is not None
+    assert found.step == 2
     assert json.loads((out / "run.json").read_text())["exit_code"] == 130
     assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
 

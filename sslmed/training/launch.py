@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,6 +32,7 @@ from sslmed.data.workers import end_with
 from sslmed.training.watching import kill, watch
 
 MEETING, PARENT = "SSLMED_MEETING", "SSLMED_PARENT"
+ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 ANSWER_SECONDS = 60.0  # of SLURM
 
 
@@ -65,9 +67,12 @@ def place() -> Place:
 
 
 def goes_on(out: Path | str) -> bool:
-    """Whether a launcher runs the same command again, and the run that is there already is to go on."""
-    again = any(int(os.environ.get(name, "0")) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    return again and (Path(out) / "run.json").exists()
+    """Whether a launcher runs the same command again, and the run that is there already is to go on.
+
+    All processes must ask: torchrun counts restarts on each machine by itself, and only those that its own have caused.
+    """
+    again = any(int(os.environ.get(name, "0")) > 0 for name in (ATTEMPT, "SLURM_RESTART_COUNT"))
+    return any(distributed.exchange(again and (Path(out) / "run.json").exists()))
 
 
 @contextmanager
@@ -88,6 +93,9 @@ def joined(gpu: bool, minutes: float) -> Iterator[None]:
     meeting: dict[str, Any] = {"rank": here.rank, "world_size": here.world_size}
     if MEETING in os.environ:
         meeting["store"] = dist.FileStore(os.environ[MEETING], here.world_size)  # type: ignore[attr-defined]
+    elif ATTEMPT in os.environ and here.nodes == 1:  # torchrun's store still has the last attempt's addresses
+        store = next(dist.rendezvous("env://", timeout=timedelta(minutes=minutes)))[0]  # type: ignore[attr-defined]
+        meeting["store"] = dist.PrefixStore(os.environ[ATTEMPT], store)  # type: ignore[attr-defined]
     elif "MASTER_ADDR" not in os.environ:
         slurm = SLURMEnvironment()
         os.environ |= {"MASTER_ADDR": slurm.main_address, "MASTER_PORT": str(slurm.main_port)}

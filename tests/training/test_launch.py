@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 
@@ -93,12 +94,43 @@ def test_a_run_goes_on_by_itself_when_a_launcher_starts_it_again(name: str, env:
     assert not goes_on(tmp_path / "absent"), "it was ended before it had begun"
 
 
+@pytest.mark.ddp
+def test_all_go_on_when_one_machine_has_counted_a_restart(tmp_path: Path) -> None:
+    assert ranks.on_two_ranks(ranks.started_again, str(tmp_path)) == [False, False]
+    (tmp_path / "run.json").touch()
+    assert ranks.on_two_ranks(ranks.started_again, str(tmp_path)) == [True, True]
+
+
 def test_alone_there_is_nothing_to_join(env: Set) -> None:
     for variables in ({}, {"RANK": 0, "WORLD_SIZE": 1}):
         env(**variables)
         with joined(gpu=False, minutes=1):
             assert not dist.is_initialized()
             assert (distributed.world_size(), distributed.rank()) == (1, 0)
+
+
+def wait_for_the_other(meeting: str, parent: int) -> None:
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "SSLMED_MEETING": meeting, "SSLMED_PARENT": str(parent)}
+    with joined(gpu=False, minutes=5):
+        raise AssertionError("there is no other")
+
+
+@pytest.mark.ddp
+def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+    """Though it waits for the others, and heeds nothing."""
+    parent = subprocess.Popen(["sleep", "60"])
+    process = ranks.context().Process(target=wait_for_the_other, args=(str(tmp_path / "meeting"), parent.pid))
+    process.start()
+    try:
+        process.join(4)
+        assert process.is_alive()
+        parent.kill()
+        parent.wait()
+        process.join(20)
+        assert process.exitcode == 1
+    finally:
+        parent.kill()
+        process.kill()
 
 
 # How many are to be started.

@@ -1,0 +1,91 @@
+"""What the benchmarks measure with: memory of a known array, FLOPs counted by hand, whose step is whose."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ABSENT = ("albumentations", "lightly", "hdf5plugin", "pydicom", "nibabel")
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of that name; they import each other by their names."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def test_memory_that_was_freed_counts_until_it_is_forgotten(benchmark: Any) -> None:
+    memory, cpu = benchmark("memory"), torch.device("cpu")
+    before = memory._reset(cpu)
+    array = np.ones(25_000_000)
+    del array
+    assert 195e6 < memory._peak(cpu) - before < 220e6
+    again = memory._reset(cpu)
+    assert memory._peak(cpu) - again < 10e6
+
+
+def test_a_large_cell_is_expected_to_take_its_share(benchmark: Any) -> None:
+    memory = benchmark("memory")
+    small, large = (memory.Cell("mae", "plain", 96, batch) for batch in (32, 128))
+    assert memory._expected(large, {}) == 0
+    assert memory._expected(large, {small: {"bytes": 100}}) == 400
+    assert memory._expected(memory.Cell("mae", "accumulate 4", 96, 128), {small: {"bytes": 100}}) == 0
+    loads = [cell.load for cell in memory._grid(None)]
+    assert loads == sorted(loads)
+
+
+def test_the_flops_of_a_transformer_are_those_of_its_products(benchmark: Any) -> None:
+    gpu = benchmark("gpu")
+    case = gpu.SMALL_CASES[1]
+    method = gpu._method(case, 64)
+    network = method.backbone.network
+    width, depth, tokens = network.embed_dim, len(network.blocks), (64 // case.patch) ** 2 + network.num_prefix_tokens
+    hidden = network.blocks[0].mlp.fc1.out_features
+    embedding = (64 // case.patch) ** 2 * case.patch**2 * width
+    block = tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width
+    head = width * 2048 + 2048 * 128
+    a_view = 2 * (3 * depth * block + 2 * embedding + 3 * head)  # the image needs no gradient
+    loss = 2 * 3 * 8 * 8 * 128 / 4  # similarities of 8 views with each other, for 4 images
+    counted = gpu.flops_of_an_image(method, gpu._batch(case, 64, 4, "cpu"))
+    assert counted == pytest.approx(2 * a_view + loss, rel=1e-3)
+
+
+def test_turns_give_each_loop_its_own_steps(benchmark: Any) -> None:
+    fits, gpu = benchmark("fits"), benchmark("gpu")
+    taken: list[int] = []
+    turns = fits.Turns(lambda: taken.append(1))
+    method = gpu._method(gpu.SMALL_CASES[0], 32)
+    train = fits.TrainConfig(max_steps=4, batch_size=4, precision=32, devices="cpu", save_every_steps=4)
+    fits.fit_here(method, fits.ReadyViews(2, 1, 32), 8, train, [turns])
+    assert len(turns.fit) == len(turns.loop) == len(taken) == 3, "all steps but the first"
+    assert {"Guard", "Monitor", "Checkpointer", "Watchdog"} <= turns.inside.keys()
+    assert turns.save > 0
+    assert sum(turns.inside.values()) < turns.whole + turns.save
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_needs_no_albumentations_and_no_codec(tmp_path: Path) -> None:
+    """On the CPU, in small: its imports stay lazy, in the worker too."""
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    for name in ABSENT:
+        (stubs / f"{name}.py").write_text(f"raise ModuleNotFoundError(name='{name}')\n")
+    results = tmp_path / "results"
+    words = ["--small", "--only", "vit_small", "--workers", "1", "--results", str(results), "--commit", "0123abc"]
+    environment = {**os.environ, "PYTHONPATH": str(stubs)}
+    subprocess.run([sys.executable, str(BENCHMARKS / "gpu.py"), *words], check=True, env=environment, timeout=240)
+    cell = json.loads(next(results.glob("*.json")).read_text(encoding="utf-8"))
+    assert (cell["settings"]["compression"], cell["made"]["commit"]) == ("none", "0123abc")
+    assert "albumentations" in cell["result"]["CPU views"]["left out"]
+    for arm in ("no data", "device views"):
+        assert cell["result"][arm]["images a second"] > 0
+    assert cell["result"]["device views"]["workers"] == 1
