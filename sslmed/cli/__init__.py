@@ -228,7 +228,8 @@ def pretrain(
     elif out is None:
         raise UsageError("pretrain needs --out RUN, the folder to write; with --plan it writes nothing")
     else:
-        show(commands.pretrain(recipe, data, out, overrides=overrides or (), resume=resume), as_json)
+        result = commands.pretrain(recipe, data, out, overrides=overrides or (), resume=resume)
+        show(result, as_json, shared=True)
 
 
 @app.command()
@@ -300,7 +301,8 @@ def finetune(
     """Train a classifier or a segmenter, from a pretrained backbone or not."""
     from sslmed.commands.finetune import finetune as command
 
-    show(command(recipe, data, out, start=start, overrides=overrides or (), resume=resume), as_json)
+    result = command(recipe, data, out, start=start, overrides=overrides or (), resume=resume)
+    show(result, as_json, shared=True)
 
 
 @app.command()

@@ -23,9 +23,13 @@ class Result(Protocol):
         """The result for programs."""
 
 
-def show(result: Result, as_json: bool) -> None:
-    """Print a result for people, or as one JSON object; of several processes the first does."""
-    if process_rank():
+def show(result: Result, as_json: bool, shared: bool = False) -> None:
+    """Print a result for people, or as one JSON object.
+
+    Args:
+        shared: several processes have it, if a launcher has started several; the first prints it.
+    """
+    if shared and process_rank():
         return
     if as_json:
         text = json.dumps(_plain(result.as_dict()), allow_nan=False)

@@ -259,7 +259,7 @@ def _open(settings: PretrainRecipe, store: Store, begun: Start, out: str | Path,
         "device": device(settings.train),
         "processes": world_size(),
     }
-    agree({"recipe": dump(settings), **facts})
+    agree({"recipe": dump(settings), "out": str(out), **facts})
     if not resume:
         return Run.start(out, "pretrain", dump(settings), facts)
     run = Run.resume(out, "pretrain")

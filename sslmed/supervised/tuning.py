@@ -92,7 +92,7 @@ def open_run(job: Job, out: str | Path, resume: bool) -> Run:
         "device": device(job.settings.train),
         "processes": world_size(),
     }
-    agree({"recipe": dump(job.settings), **facts})
+    agree({"recipe": dump(job.settings), "out": str(out), **facts})
     if not resume:
         return Run.start(out, "finetune", dump(job.settings), facts)
     run = Run.resume(out, "finetune")

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 from sslmed import distributed
-from sslmed.config import ElsewhereError, Interrupted, TemporaryError, TrainingAborted, UsageError
+from sslmed.config import ElsewhereError, Interrupted, TemporaryError, TrainingAborted
 from sslmed.data.loading import Loader, ViewDataset, stream_loader
 from sslmed.data.raw_batches import RawCollate, RawDataset
 from sslmed.data.sampling import Rows, StreamSampler, steps_per_epoch
@@ -37,8 +37,6 @@ from sslmed.training.watchdog import Watchdog
 if TYPE_CHECKING:
     from sslmed.heads.head import Head
     from sslmed.methods.method import Method
-
-LOST = ("connection", "gloo", "nccl", "timed out", "peer")  # what a broken collective's message has in it
 
 
 @dataclass(frozen=True)
@@ -176,11 +174,6 @@ def _make_ready(module: "Method | Head", train: TrainConfig, fresh: bool) -> Non
     """What is done to the network before it is trained."""
     world = distributed.world_size()
     if world > 1:
-        if train.batch_size // (train.accumulate * world) < 2:
-            raise UsageError(
-                f"train.batch_size is {train.batch_size} for {world} processes and accumulate {train.accumulate}; "
-                f"allowed: at least {2 * world * train.accumulate}, two images for each"
-            )
         if module.sync_batchnorm:
             synchronise(module, device(train))
         if fresh:  # or all processes would drop the same
@@ -195,7 +188,8 @@ def _make_ready(module: "Method | Head", train: TrainConfig, fresh: bool) -> Non
 def _said_well(run: Run, watchdog: Watchdog, signals: SignalWatch) -> Iterator[None]:
     """A scheduler's signal asks for the job again; a lost process is no bug."""
     try:
-        yield
+        with launch.losses_told():
+            yield
     except (Interrupted, TrainingAborted, TemporaryError) as error:
         asked = signals.received is signal.SIGUSR1
         if asked:
@@ -203,13 +197,6 @@ def _said_well(run: Run, watchdog: Watchdog, signals: SignalWatch) -> Iterator[N
         if distributed.rank() and (asked or not isinstance(error, TemporaryError)):  # all have come to it together
             raise ElsewhereError(str(error), error.exit_code) from error
         raise
-    except RuntimeError as error:
-        if distributed.world_size() == 1 or not any(word in str(error).lower() for word in LOST):
-            raise
-        raise TemporaryError(
-            f"lost another process of this training: {str(error).splitlines()[0][:200]}\n"
-            "What that one said, or the log of its machine, has the reason. Go on with the same command and --resume."
-        ) from error
     finally:
         watchdog.close()
 

@@ -32,6 +32,7 @@ from sslmed.data.workers import end_with
 from sslmed.training.watching import kill, watch
 
 MEETING, PARENT = "SSLMED_MEETING", "SSLMED_PARENT"
+LOST = ("connection", "gloo", "nccl", "timed out", "peer")  # what a broken collective's message has in it
 ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 ANSWER_SECONDS = 60.0  # of SLURM
 
@@ -99,8 +100,26 @@ def joined(gpu: bool, minutes: float) -> Iterator[None]:
     elif "MASTER_ADDR" not in os.environ:
         slurm = SLURMEnvironment()
         os.environ |= {"MASTER_ADDR": slurm.main_address, "MASTER_PORT": str(slurm.main_port)}
-    with distributed.group("cpu:gloo,cuda:nccl" if gpu else "gloo", 60 * minutes, **meeting):
+    with distributed.group("cpu:gloo,cuda:nccl" if gpu else "gloo", 60 * minutes, **meeting), losses_told():
         yield
+
+
+@contextmanager
+def losses_told() -> Iterator[None]:
+    """Inside the block a collective that breaks because another process is gone is no bug.
+
+    Raises:
+        TemporaryError: it broke.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if distributed.world_size() == 1 or not any(word in str(error).lower() for word in LOST):
+            raise
+        raise TemporaryError(
+            f"lost another process of this training: {str(error).splitlines()[0][:200]}\n"
+            "What that one said, or the log of its machine, has the reason. Go on with the same command and --resume."
+        ) from error
 
 
 class Environment(ClusterEnvironment):

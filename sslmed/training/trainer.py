@@ -81,10 +81,16 @@ class TrainConfig(Config):
         """Refuse what could not be carried out on ``images`` images here.
 
         Raises:
-            UsageError: a step needs more images.
+            UsageError: a step needs more images, or cannot be shared out to all processes.
             MissingDependencyError: a logger is not installed.
         """
         self.total_steps(images)
+        parts = self.accumulate * distributed.world_size()
+        if self.batch_size % parts or self.batch_size // parts < 2:
+            raise UsageError(
+                f"train.batch_size is {self.batch_size}; allowed for {distributed.world_size()} processes and "
+                f"accumulate {self.accumulate}: multiples of {parts}, from {2 * parts}"
+            )
         for name in self.loggers:
             refuse_missing(name)
 
