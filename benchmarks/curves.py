@@ -1,5 +1,6 @@
-"""Label-efficiency curves as PNG."""
+"""Curves as PNG: label efficiency, and lines in panels."""
 
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -39,6 +40,40 @@ def curves(rows: list[dict[str, Any]], metric: str, title: str) -> bytes:
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="lower right")
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes: points (x, y) by the name of their line."""
+
+    title: str
+    x: str
+    y: str
+    lines: dict[str, list[tuple[float, float]]]
+
+
+def lines(panels: list[Panel], title: str, columns: int = 2) -> bytes:
+    """Panels in rows of ``columns``, both axes from 0; a line has the same colour in each of them."""
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, panel in enumerate(panels, start=1):
+        axis = figure.add_subplot(rows, columns, number)
+        for name, points in panel.lines.items():
+            axis.plot(*zip(*points, strict=True), marker="o", ms=4, label=name) if points else axis.plot([], label=name)
+        axis.set_xticks(sorted({x for points in panel.lines.values() for x, _ in points}))
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel(panel.x)
+        axis.set_ylabel(panel.y)
+        axis.set_title(panel.title, fontsize=10)
+        axis.grid(alpha=0.3)
+        if number == 1:
+            axis.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -201,7 +201,9 @@ class PlainDataset(Dataset["Sample | SslmedError"]):
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader that raises our own errors here, in the process that asked."""
+    """A DataLoader that raises our own errors here, in the process that asked; ``arrived`` is called at each batch."""
+
+    arrived: Callable[[], None] | None = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         died = False
@@ -209,6 +211,8 @@ class Loader(DataLoader[Any]):
             for batch in super().__iter__():
                 if isinstance(batch, SslmedError):
                     raise batch
+                if self.arrived is not None:
+                    self.arrived()
                 yield batch
         except RuntimeError as error:
             if not any(sign in str(error) for sign in DEATHS):

@@ -13,6 +13,7 @@ from sslmed.config import TrainingAborted
 
 Action = Literal["stop", "warn", "off"]
 COLLAPSED = 0.1  # of the healthy 1 / sqrt(D)
+BLANK = 1e-4  # standard deviation of normalised pixels, about 1 where there is something to see
 EXPLODED = 100.0  # times the median so far
 NORMS = 50  # logged values that the median is of
 FEWEST_NORMS = 5
@@ -57,6 +58,7 @@ class Alarms:
         self.frozen = Alarm("frozen", actions["frozen"], patience, say)
         # a single outlier is no explosion: it must last for two more looks
         self.explosion = {name: Alarm("explosion", actions["explosion"], 2 * log_every, say) for name in _NORMS}
+        self.blank = Alarm("collapse", actions["collapse"], 2 * log_every, say)
         self._norms: dict[str, deque[float]] = {name: deque(maxlen=NORMS) for name in _NORMS}
         self._average: torch.Tensor | None = None  # norm of each tensor at the last look
         self._patience = patience
@@ -71,6 +73,17 @@ class Alarms:
                 f"the embeddings have collapsed: their standard deviation is {std:.2g} since step {since}, where "
                 f"{healthy:.2g} is healthy. All images look alike to the network: lower optim.lr, lengthen "
                 "optim.warmup, raise train.batch_size, or strengthen the views."
+            ),
+        )
+
+    def look_at_views(self, step: int, std: float) -> None:
+        """Is there anything to see? ``std`` is the mean over views of the standard deviation of their pixels."""
+        self.blank.look(
+            step,
+            std < BLANK,
+            lambda since: (
+                f"the images are blank: since step {since} no view has one pixel unlike another. "
+                "Look at them with `sslmed preview STORE`, and ingest the right ones."
             ),
         )
 
@@ -125,7 +138,7 @@ class Alarms:
             self._average = torch.tensor(state["average"], dtype=torch.float64)
 
     def _all(self) -> dict[str, Alarm]:
-        return {"collapse": self.collapse, "frozen": self.frozen, **self.explosion}
+        return {"collapse": self.collapse, "blank": self.blank, "frozen": self.frozen, **self.explosion}
 
 
 _NORMS = {

@@ -129,7 +129,8 @@ class Checkpointer(pl.Callback):
         self.saved()
 
     def _keep_the_last(self) -> None:
-        if self.found is not None and self.found.path == self.path:
+        # one that a signal has left between two others is not what a roll-back would go to
+        if self.found is not None and self.found.path == self.path and self.found.step % self.every == 0:
             files.keep(self.path, self.found.step, self.earlier)
 
 

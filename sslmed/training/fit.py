@@ -148,7 +148,9 @@ def _loader(
         run.say(line)
     pin = device(train) == "cuda"
     loader = stream_loader(dataset, sampler, chosen.workers, chosen.prefetch, pin=pin, collate=collate)
-    return loader, WaitMeter(run.say, chosen)
+    meter = WaitMeter(run.say, chosen)
+    loader.arrived = meter.arrived
+    return loader, meter
 
 
 @contextmanager

@@ -43,6 +43,7 @@ class Guard(pl.Callback):
         self._ids: list[torch.Tensor] = []
         self._random_state: dict[str, torch.Tensor] = {}
         self._resumed_with: dict[str, torch.Tensor] = {}
+        self._keyed: dict[str, int | None] = {}
         self._wrong: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -60,7 +61,8 @@ class Guard(pl.Callback):
         if batch_idx % trainer.accumulate_grad_batches == 0:
             pl_module.skipped = False
             self._statistics = [(tensor, tensor.clone()) for tensor in _statistics(pl_module)]
-            self._losses, self._ids = [], []
+            self._losses, self._ids, self._wrong = [], [], {}
+            self._keyed = {name: getattr(batch, name, None) for name in ("seed", "epoch")}
             self._random_state, self._resumed_with = self._resumed_with or _random_state(), {}
         self._ids.append(getattr(batch, "ids", torch.empty(0, dtype=torch.int64)))
 
@@ -94,7 +96,7 @@ class Guard(pl.Callback):
         self.in_a_row += 1
         self.skipped += 1
         step = trainer.global_step
-        path = self._write_down(step, batch)
+        path = self._write_down(step)
         what = f"loss or gradient of step {step} is not finite (its images: {path.relative_to(self.run.path)})"
         last = step == trainer.max_steps  # nothing would show any more that it has got better
         if self.in_a_row <= self.skip and not (last and self.in_a_row > 1):
@@ -115,20 +117,24 @@ class Guard(pl.Callback):
         self.run.say(f"warning: {what}; the weights go back to step {found[0]}, and training goes on with other images")
         _take_weights(trainer, files.load(self.run.checkpoint.with_name(found[1])))
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        if isinstance(exception, TrainingAborted) and not self._wrong:  # an alarm; else it has been written down
+            self._wrong = {"loss": [float(loss) for loss in self._losses], "reason": str(exception)}
+            self._write_down(trainer.global_step)
+
     def _step_and_name(self) -> list[Any] | None:
         found = files.newest(self.run.checkpoint, self.run.say, self.every)
         return None if found is None else [found.step, found.path.name]
 
-    def _write_down(self, step: int, batch: Any) -> Path:
+    def _write_down(self, step: int) -> Path:
         """What is needed to see the step again: ``torch.load(path, weights_only=True)``."""
         folder = self.run.path / "debug"
         folder.mkdir(exist_ok=True)
         rank = f"-rank-{distributed.rank()}" if distributed.world_size() > 1 else ""
         path = folder / f"step-{step:08}{rank}.pt"
-        keyed = {name: getattr(batch, name, None) for name in ("seed", "epoch")}
         ids = [each.cpu() for each in self._ids]
         with write_atomically(path) as partial:
-            torch.save({"step": step, **keyed, "ids": ids, **self._wrong, **self._random_state}, partial)
+            torch.save({"step": step, **self._keyed, "ids": ids, **self._wrong, **self._random_state}, partial)
         return path
 
 

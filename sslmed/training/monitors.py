@@ -96,7 +96,7 @@ class Monitor(pl.Callback):
         if not getattr(pl_module, "skipped", False):
             self._remember(pl_module.monitored.get("embeddings"))
             if self._due(step, total):
-                self._log(step, total, pl_module.monitored)
+                self._log(step, total, pl_module.monitored, _contrast(batch))
                 averaged = getattr(pl_module, "averaged", None)
                 if averaged is not None:
                     self._alarms.look_at_average(step, total, averaged[1])
@@ -116,10 +116,10 @@ class Monitor(pl.Callback):
     def _due(self, step: int, total: int) -> bool:
         return step % self.config.log_every == 0 or step == total
 
-    def _log(self, step: int, total: int, outputs: dict[str, torch.Tensor]) -> None:
+    def _log(self, step: int, total: int, outputs: dict[str, torch.Tensor], contrast: dict[str, float]) -> None:
         scalars = {name: float(value) for name, value in outputs.items() if value.ndim == 0}
         health = self._health()
-        means = distributed.means({**scalars, **health, **self._embedding_norm()})
+        means = distributed.means({**scalars, **contrast, **health, **self._embedding_norm()})
         rate, left = self._speed.measure(step, total)
         waiting = self.meter.take() if self.meter else None
         self.run.log(
@@ -135,6 +135,8 @@ class Monitor(pl.Callback):
             parts = [f"step {step}/{total}", f"epoch {step / self.epoch_steps:.1f}", f"loss {means['loss']:.4f}"]
             parts += [f"{name} {means[name]:.3g}" for name in health]
             self.run.say("  ".join([*parts, f"{rate * self.images:.0f} images/s", f"{_clock(left)} left"]))
+        if "view_std" in means:
+            self._alarms.look_at_views(step, means["view_std"])
         if "embedding_std" in means:
             self._alarms.look_at_embeddings(step, means["embedding_std"], outputs["embeddings"].shape[1])
         for name in ("gradient_norm", "embedding_norm"):
@@ -191,6 +193,12 @@ def rankme(embeddings: torch.Tensor) -> float:
     values = torch.linalg.svdvals(embeddings.detach().float())
     share = values / values.sum().clamp_min(1e-12) + 1e-7
     return float(torch.exp(-(share * share.log()).sum()))
+
+
+def _contrast(batch: Any) -> dict[str, float]:
+    """How much there is to see in the first views: the mean of their standard deviations."""
+    views = getattr(batch, "views", None)
+    return {"view_std": float(views[0].float().flatten(1).std(dim=1).mean())} if views else {}
 
 
 class _Speed:

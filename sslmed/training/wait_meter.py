@@ -93,6 +93,11 @@ class WaitMeter(pl.Callback):
         self._ended: Any = None
         self._started: Any = None
 
+    def arrived(self) -> None:
+        """The batch of the next step is here; the loader says so."""
+        if self._clock is not None and self._started is None:
+            self._started = self._clock.mark()
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._on_gpu = pl_module.device.type == "cuda"
         self._clock = self._clock or (GpuClock() if self._on_gpu else HostClock())
@@ -101,8 +106,7 @@ class WaitMeter(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        assert self._clock is not None  # noqa: S101 - Lightning begins with on_train_start
-        self._started = self._clock.mark()
+        self.arrived()  # where the loader has not said so: what is done with a batch on its way counts as waiting
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

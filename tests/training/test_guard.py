@@ -410,7 +410,6 @@ def test_stopped_by_a_signal_and_resumed_it_ends_the_same(at: int, uninterrupted
     assert guard.state_dict() == uninterrupted[0].state_dict()
 
 
-@pytest.mark.xfail(strict=True, reason="Checkpointer keeps beside the last one also what a signal has left")
 def test_two_signals_between_regular_checkpoints_do_not_push_the_regular_one_out(guarded: Any, another: Any) -> None:
     bad = dict.fromkeys((7, 8), nan_loss)
     for at in (5, 6):
@@ -477,12 +476,27 @@ def constant(path: Path, value: float, kind: type = np.uint8) -> Store:
     return stores.write_store(path, scans, [f"{number:032x}" for number in range(16)])
 
 
-@pytest.mark.parametrize("value", [0, 1e30])
-def test_images_without_any_contrast_make_no_number_that_is_none(value: float, tmp_path: Path) -> None:
-    store = constant(tmp_path / "store", value, np.float32)
+def test_images_of_huge_numbers_make_none_that_is_none(tmp_path: Path) -> None:
+    store = constant(tmp_path / "store", 1e30, np.float32)
     pretrain(RECIPE, store.path, tmp_path / "run", overrides=SMALL)
     values = [value for line in read_metrics(tmp_path / "run") for value in line.values()]
     assert np.isfinite(values).all()
+    saved = load(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+
+
+@pytest.mark.parametrize("value", [0, 7])
+def test_blank_images_end_the_run_and_make_no_number_that_is_none(value: float, tmp_path: Path) -> None:
+    store = constant(tmp_path / "store", value, np.float32)
+    with pytest.raises(TrainingAborted, match=r"blank: since step 1 .*sslmed preview") as caught:
+        pretrain(RECIPE, store.path, tmp_path / "run", overrides=(*SMALL, "train.save_every_steps=1"))
+    assert caught.value.exit_code == 3
+    values = [value for line in read_metrics(tmp_path / "run") for value in line.values()]
+    assert np.isfinite(values).all()
+    (debug,) = (tmp_path / "run" / "debug").iterdir()
+    found = torch.load(debug, weights_only=True)
+    assert sorted(found["ids"][0].tolist()) == list(range(16))
+    assert "blank" in found["reason"]
     saved = load(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
 

@@ -17,7 +17,7 @@ TENSORS = 5  # of a batch: two views, target, ids, groups
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_memory_and_open_files_stay_as_they_are(
     workers: int, phantom_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

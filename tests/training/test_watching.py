@@ -80,6 +80,7 @@ def test_the_others_have_time_to_say_what_they_have_noticed(started: Callable[..
         ((ends(75), ends(65, after=0.1)), 65),  # it lost the other one, and noticed before that was gone
         ((ends(65), ends(75, after=0.1)), 65),
         ((ends(75), ends(75)), 75),
+        ((ends(75), LIVES), 75),  # that the other one is ended here is no cause
         ((ends(143), ends(143)), 143),
         ((ends(3), ends(1, after=0.1)), 3),
         ((ends(0), ends(66)), 66),
