@@ -13,6 +13,7 @@ class SslmedError(Exception):
     """A failure that the user can mend. The message says what was given, what is allowed and what to do."""
 
     exit_code = 1
+    agreed = False  # all processes of a training have come to it together
 
 
 class UsageError(SslmedError):
@@ -25,6 +26,7 @@ class TrainingAborted(SslmedError):
     """Training stopped itself: non-finite loss or collapsed embeddings."""
 
     exit_code = 3
+    agreed = True
 
 
 class DataError(SslmedError):

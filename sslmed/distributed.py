@@ -40,12 +40,10 @@ def group(backend: str, seconds: float, **meeting: Any) -> Iterator[None]:
     """
     global _patient
     dist.init_process_group(backend, timeout=timedelta(seconds=seconds), **meeting)
-    try:
-        _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-        yield
-    finally:
-        _patient = None
-        dist.destroy_process_group()
+    _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    yield
+    _patient = None
+    dist.destroy_process_group()  # after an error it could wait for others that wait for this one: the end frees it
 
 
 def exchange(value: Any) -> list[Any]:
@@ -91,7 +89,12 @@ def together() -> Iterator[None]:
     except (SslmedError, OSError) as caught:
         error = caught
     code = error.exit_code if isinstance(error, SslmedError) else DiskError.exit_code
-    failures = exchange(None if error is None else [str(error), code])
+    try:
+        failures = exchange(None if error is None else [str(error), code])
+    except RuntimeError:  # another process is gone; what failed here is the better word
+        if error is not None:
+            raise error from None
+        raise
     teller = next((number for number, failure in enumerate(failures) if failure), None)
     if teller is None:
         return

@@ -3,6 +3,7 @@
 recipe.yaml  run.json  metrics.jsonl  train.log  checkpoints/last.ckpt  artifact/
 """
 
+import contextlib
 import fcntl
 import json
 import math
@@ -160,7 +161,11 @@ class Run:
         Raises:
             UsageError: something differs.
         """
-        others = [f"{name}: {self.fact(name)} -> {value}" for name, value in facts.items() if self.fact(name) != value]
+        others = [
+            f"{name}: {self.fact(name)} -> {value}"
+            for name, value in facts.items()
+            if self.fact(name) not in (None, value)
+        ]
         if changes or others:
             self.close()
             lines = [*changes, *others]
@@ -227,6 +232,9 @@ class Run:
                 raise
         finally:
             self.close()
+        if isinstance(error, SslmedError) and error.agreed:  # a launcher stops those that are left when one has ended
+            with contextlib.suppress(RuntimeError):
+                distributed.exchange(None)
 
     def close(self) -> None:
         """Let other processes in."""

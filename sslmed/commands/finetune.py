@@ -59,7 +59,7 @@ def _finetune(
 ) -> FinetuneResult:
     with together():
         job = prepare(settings, open_store(data), start)
-    run = open_run(job, out, resume or goes_on(out))
+    run = open_run(job, out, goes_on(out) or resume)
     if run.done:
         run.close()
         return FinetuneResult.from_dict(run.result)

@@ -127,7 +127,7 @@ def _pretrain(settings: PretrainRecipe, data: str | Path, out: str | Path, resum
         settings.train.check(len(rows))
         method, dataset, begun, notes = _assemble(settings, store)
     probe = _probe(method.exported, settings, store)
-    run = _open(settings, store, begun, out, resume or goes_on(out))
+    run = _open(settings, store, begun, out, goes_on(out) or resume)
     if run.done:
         run.close()
         return PretrainResult(**run.result)
@@ -259,7 +259,7 @@ def _open(settings: PretrainRecipe, store: Store, begun: Start, out: str | Path,
         "device": device(settings.train),
         "processes": world_size(),
     }
-    agree({"recipe": dump(settings), "out": str(out), **facts})
+    agree({"recipe": dump(settings), "out": str(out), "resume": resume, **facts})
     if not resume:
         return Run.start(out, "pretrain", dump(settings), facts)
     run = Run.resume(out, "pretrain")

@@ -205,6 +205,10 @@ class Loader(DataLoader[Any]):
 
     arrived: Callable[[], None] | None = None
 
+    def __init__(self, dataset: Dataset[Any], **named: Any) -> None:
+        """With a generator of its own, or each start would draw from the state that dropout-like layers use."""
+        super().__init__(dataset, generator=torch.Generator(), **named)
+
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         died = False
         try:

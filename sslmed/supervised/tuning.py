@@ -92,7 +92,7 @@ def open_run(job: Job, out: str | Path, resume: bool) -> Run:
         "device": device(job.settings.train),
         "processes": world_size(),
     }
-    agree({"recipe": dump(job.settings), "out": str(out), **facts})
+    agree({"recipe": dump(job.settings), "out": str(out), "resume": resume, **facts})
     if not resume:
         return Run.start(out, "finetune", dump(job.settings), facts)
     run = Run.resume(out, "finetune")
@@ -241,6 +241,11 @@ def _at_most(train: TrainConfig, images: int) -> TrainConfig:
     """
     if images < 2:
         raise DataError("one labelled train image is not enough: BatchNorm needs two; give a larger labels.budget")
+    if images < 2 * world_size():
+        raise DataError(
+            f"{images} labelled train images for {world_size()} processes; allowed: at least {2 * world_size()}. "
+            "Start fewer processes, or give a larger labels.budget"
+        )
     if images >= train.batch_size:
         return train
     parts = max(count for count in range(1, train.accumulate + 1) if count == 1 or images // count // world_size() >= 2)

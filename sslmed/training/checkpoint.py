@@ -146,4 +146,6 @@ def random_state() -> dict[str, list[torch.Tensor]]:
 def _ending(received: signal.Signals, what: str) -> SslmedError:
     """SIGUSR1 is how a scheduler says that time is up: the run is to come again."""
     message = f"stopped by {received.name} {what}"
-    return TemporaryError(message) if received is signal.SIGUSR1 else Interrupted(message, received)
+    ending = TemporaryError(message) if received is signal.SIGUSR1 else Interrupted(message, received)
+    ending.agreed = True
+    return ending

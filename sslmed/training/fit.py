@@ -1,6 +1,5 @@
 """Fit a Method or a Head on a stream of batches: what several commands share."""
 
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 
 from sslmed import distributed
-from sslmed.config import ElsewhereError, Interrupted, TemporaryError, TrainingAborted
+from sslmed.config import ElsewhereError, SslmedError, TemporaryError
 from sslmed.data.loading import Loader, ViewDataset, stream_loader
 from sslmed.data.raw_batches import RawCollate, RawDataset
 from sslmed.data.sampling import Rows, StreamSampler, steps_per_epoch
@@ -104,7 +103,7 @@ def fit(
         ordered = [watchdog, guard, watcher, *callbacks, keeper, *([meter] if meter else [])]
         trainer = build_trainer(train, total, ordered, bool(module.without_gradient))
         if loader is not None:
-            with _said_well(run, watchdog, signals):
+            with _said_well(run, watchdog):
                 trainer.fit(module, loader, ckpt_path=found[0] if found else None, weights_only=True)
         elif found:
             _finish(trainer, module, files.load(Path(found[0])))
@@ -187,17 +186,18 @@ def _make_ready(module: "Method | Head", train: TrainConfig, fresh: bool) -> Non
 
 
 @contextmanager
-def _said_well(run: Run, watchdog: Watchdog, signals: SignalWatch) -> Iterator[None]:
+def _said_well(run: Run, watchdog: Watchdog) -> Iterator[None]:
     """A scheduler's signal asks for the job again; a lost process is no bug."""
     try:
         with launch.losses_told():
             yield
-    except (Interrupted, TrainingAborted, TemporaryError) as error:
-        asked = signals.received is signal.SIGUSR1
-        if asked:
+    except SslmedError as error:
+        if error.agreed and isinstance(error, TemporaryError):
             launch.requeue(run.say)
-        if distributed.rank() and (asked or not isinstance(error, TemporaryError)):  # all have come to it together
-            raise ElsewhereError(str(error), error.exit_code) from error
+        if error.agreed and distributed.rank():
+            elsewhere = ElsewhereError(str(error), error.exit_code)
+            elsewhere.agreed = True
+            raise elsewhere from error
         raise
     finally:
         watchdog.close()

@@ -20,6 +20,7 @@ from sslmed.run import Run
 from sslmed.training import checkpoint_files as files
 from sslmed.training.averaging import WeightAverage
 
+MOST_IN_ALL = 10  # times as many skipped steps as are allowed in a row, and one in a hundred
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # what a forward pass changes by itself
 
 
@@ -99,18 +100,19 @@ class Guard(pl.Callback):
         path = self._write_down(step)
         what = f"loss or gradient of step {step} is not finite (its images: {path.relative_to(self.run.path)})"
         last = step == trainer.max_steps  # nothing would show any more that it has got better
-        if self.in_a_row <= self.skip and not (last and self.in_a_row > 1):
+        many = self.skipped > MOST_IN_ALL * (self.skip + 1) + step // 100  # now and then, but without end
+        if self.in_a_row <= self.skip and not many and not (last and self.in_a_row > 1):
             self.run.say(f"warning: {what}; the step is skipped")
             return
-        spent = last or self.rolled_back >= self.rollbacks
+        spent = last or many or self.rolled_back >= self.rollbacks
         found = None if spent else distributed.first(self._step_and_name)
         if found is None:
             kept = (
                 "the last checkpoint is from before" if self.run.checkpoint.exists() else "there is no checkpoint yet"
             )
             raise TrainingAborted(
-                f"{what}, after {self.in_a_row - 1} others in a row; {kept}. Look at these images, lower optim.lr or "
-                "lengthen optim.warmup, then start a new run."
+                f"{what}, after {self.skipped - 1} others, {self.in_a_row - 1} in a row; {kept}. "
+                "Look at these images, lower optim.lr or lengthen optim.warmup, then start a new run."
             )
         self.in_a_row = 0
         self.rolled_back += 1

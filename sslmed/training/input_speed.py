@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -171,8 +172,12 @@ def _now(device: torch.device) -> float:
 
 def _cores(processes: int) -> int:
     """Those of this process, where ``processes`` share what they may use."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, usable // processes)
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
+    if distributed.world_size() > 1:  # each may be bound to cores of its own, or all of a machine to the same
+        host = platform.node()
+        masks = [set(cores) for name, cores in distributed.exchange([host, usable]) if name == host]
+        usable, processes = sorted(set[int]().union(*masks)), len(masks)
+    return max(1, len(usable) // processes)
 
 
 def _fitted(chosen: Chosen, nbytes: int, processes: int) -> Chosen:

@@ -27,7 +27,7 @@ from pytorch_lightning.plugins.environments import (  # type: ignore[attr-define
 )
 
 from sslmed import distributed
-from sslmed.config import Interrupted, SslmedError, TemporaryError
+from sslmed.config import Interrupted, SslmedError, TemporaryError, UsageError
 from sslmed.data.workers import end_with
 from sslmed.training.watching import kill, watch
 
@@ -59,10 +59,13 @@ def place() -> Place:
     if "RANK" in env and "WORLD_SIZE" in env:
         world = int(env["WORLD_SIZE"])
         local_world = int(env.get("LOCAL_WORLD_SIZE", world))
-        return Place(int(env["RANK"]), int(env.get("LOCAL_RANK", env["RANK"])), world, local_world, True)
+        launched = world > 1 or "LOCAL_RANK" in env  # some clusters tell a single process that it is the first of one
+        return Place(int(env["RANK"]), int(env.get("LOCAL_RANK", env["RANK"])), world, local_world, launched)
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         world = int(env["SLURM_STEP_NUM_TASKS"])
         nodes = int(env.get("SLURM_STEP_NUM_NODES", "1"))
+        if world % nodes:
+            raise UsageError(f"{world} tasks on {nodes} machines; give each as many, by --ntasks-per-node")
         return Place(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), world, world // nodes, True)
     return Place()
 
@@ -90,6 +93,11 @@ def joined(gpu: bool, minutes: float) -> Iterator[None]:
     if PARENT in os.environ:
         threading.Thread(target=end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     if gpu:
+        if here.local_rank >= torch.cuda.device_count():
+            raise UsageError(
+                f"process {here.local_rank} of this machine has no GPU: it sees {torch.cuda.device_count()}. "
+                "Start as many processes as GPUs; under SLURM give --gpus-per-node rather than --gpus-per-task"
+            )
         torch.cuda.set_device(here.local_rank)
     meeting: dict[str, Any] = {"rank": here.rank, "world_size": here.world_size}
     if MEETING in os.environ:
@@ -98,10 +106,18 @@ def joined(gpu: bool, minutes: float) -> Iterator[None]:
         store = next(dist.rendezvous("env://", timeout=timedelta(minutes=minutes)))[0]  # type: ignore[attr-defined]
         meeting["store"] = dist.PrefixStore(os.environ[ATTEMPT], store)  # type: ignore[attr-defined]
     elif "MASTER_ADDR" not in os.environ:
-        slurm = SLURMEnvironment()
-        os.environ |= {"MASTER_ADDR": slurm.main_address, "MASTER_PORT": str(slurm.main_port)}
-    with distributed.group("cpu:gloo,cuda:nccl" if gpu else "gloo", 60 * minutes, **meeting), losses_told():
+        os.environ |= _slurm_meeting()
+    with losses_told(), distributed.group("cpu:gloo,cuda:nccl" if gpu else "gloo", 60 * minutes, **meeting):
         yield
+
+
+def _slurm_meeting() -> dict[str, str]:
+    """The first machine of this job step, and a port of its own: steps of one job may run side by side."""
+    slurm = SLURMEnvironment()
+    machines = os.environ.get("SLURM_STEP_NODELIST")
+    address = slurm.resolve_root_node_address(machines) if machines else slurm.main_address
+    port = 20_000 + (10 * slurm.main_port + int(os.environ.get("SLURM_STEP_ID", "0"))) % 40_000
+    return {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
 
 
 @contextmanager
@@ -114,7 +130,7 @@ def losses_told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if distributed.world_size() == 1 or not any(word in str(error).lower() for word in LOST):
+        if place().world_size == 1 == distributed.world_size() or not any(word in str(error).lower() for word in LOST):
             raise
         raise TemporaryError(
             f"lost another process of this training: {str(error).splitlines()[0][:200]}\n"
@@ -184,7 +200,7 @@ def launch(words: Sequence[str], count: int) -> None:
                 for rank in range(count):
                     ranks.append(  # noqa: PERF401 - one by one: a signal may come in between
                         subprocess.Popen(
-                            [sys.executable, "-m", "sslmed", *words],
+                            [*_python(), "-m", "sslmed", *words],
                             env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                             stdout=subprocess.DEVNULL,  # the result is told here
                             start_new_session=True,  # or a Ctrl-C would reach them twice
@@ -200,6 +216,12 @@ def launch(words: Sequence[str], count: int) -> None:
                 raise _stopped(cut[0]) from None
             finally:
                 kill(ranks)
+
+
+def _python() -> list[str]:
+    """As the parent looks for modules: by itself ``-m`` would find those of the working folder first."""
+    here = str(Path.cwd())
+    return [sys.executable] if {"", here} & set(sys.path) else [sys.executable, "-P"]
 
 
 def requeue(say: Callable[[str], None]) -> None:

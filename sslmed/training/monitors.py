@@ -111,7 +111,7 @@ class Monitor(pl.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._alarms.load_state_dict(state)
-        self._owed = state["owed"]
+        self._owed = state.get("owed")
 
     def _due(self, step: int, total: int) -> bool:
         return step % self.config.log_every == 0 or step == total

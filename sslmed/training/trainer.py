@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pytorch_lightning as pl
 import torch
@@ -115,7 +115,7 @@ def build_trainer(
     together = distributed.world_size() > 1
     # else SLURM is noticed, and Lightning requeues by itself
     environment = [] if together else [LightningEnvironment()]
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator="gpu" if device(config) == "cuda" else "cpu",
         devices=here.local_world_size if together else 1,
         num_nodes=here.nodes if together else 1,
@@ -133,6 +133,21 @@ def build_trainer(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
+    _leave_signals_alone(trainer)
+    return trainer
+
+
+def _leave_signals_alone(trainer: pl.Trainer) -> None:
+    """Signals are `signals.SignalWatch`'s.
+
+    Lightning broadcasts from within its handler, which hangs where one process alone got the signal, and asks all
+    processes before every batch, which makes a GPU wait.
+    """
+    connector: Any = trainer._signal_connector
+    loop: Any = trainer.fit_loop.epoch_loop
+    connector.register_signal_handlers = lambda: None
+    if hasattr(loop, "_broadcast_sigterm_tensor"):  # since 2.6
+        loop._broadcast_sigterm_tensor = lambda: None
 
 
 def _side_by_side(some_without_gradient: bool) -> Strategy:

@@ -208,7 +208,7 @@ def test_numbers_of_one_process_that_are_not_finite_are_skipped_by_all(phantom_s
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [(("train.batch_size=15",), "15; allowed: multiples"), (("train.batch_size=2",), "from 4")],
+    [(("train.batch_size=15",), "15; allowed for 2 processes"), (("train.batch_size=2",), "from 4")],
 )
 def test_a_batch_that_cannot_be_shared_is_refused_and_told_once(
     settings: tuple[str, ...], words: str, phantom_store: Store, tmp_path: Path

@@ -48,7 +48,7 @@ def test_a_probe_is_cut_short_and_made_up_for(
     probed = [step for step, _ in looks(whole, "knn_val_auroc")]
     assert len(probed) == 3
     with monkeypatch.context() as patch:
-        patch.setattr(probes, "knn_scores", interrupting(probes.knn_scores, at))
+        patch.setattr(probes, "embed", interrupting(probes.embed, 2 * at - 1))  # of train, then of val
         with pytest.raises(Interrupted) as caught:
             pretrain("xray/simclr_resnet18", phantom_store.path, stopped, overrides=PRETRAIN)
     assert caught.value.exit_code == 143
@@ -58,6 +58,16 @@ def test_a_probe_is_cut_short_and_made_up_for(
     assert looks(whole, "knn_val_auroc") == looks(stopped, "knn_val_auroc")
     first, second = (load(run / "checkpoints" / "last.ckpt")["state_dict"] for run in (whole, stopped))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_probe_leaves_no_trace(phantom_store: Store, tmp_path: Path) -> None:
+    """Its loader must not draw from the state that stochastic depth uses."""
+    weights = []
+    for every in (0, 1):
+        overrides = (*PRETRAIN, f"monitor.knn_every={every}")
+        run = pretrain("xray/simclr_resnet18", phantom_store.path, tmp_path / f"{every}", overrides=overrides)
+        weights.append((Path(run.artifact) / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize("at", [2, 3], ids=["in the middle", "after the last step"])

@@ -57,7 +57,8 @@ BATCH_SCRIPT = {"SLURM_JOB_ID": 7, "SLURM_NTASKS": 8, "SLURM_PROCID": 0, "SLURM_
         ({}, Place(), 1),
         (TORCHRUN, Place(5, 1, 8, 4, True), 2),
         ({"RANK": 1, "WORLD_SIZE": 2}, Place(1, 1, 2, 2, True), 1),
-        ({"RANK": 0, "WORLD_SIZE": 1}, Place(0, 0, 1, 1, True), 1),
+        ({"RANK": 0, "WORLD_SIZE": 1}, Place(), 1),  # a cluster's way to say that there is but one
+        ({"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}, Place(0, 0, 1, 1, True), 1),
         ({"RANK": 3}, Place(), 1),  # somebody else's word
         (SRUN, Place(5, 1, 8, 4, True), 2),
         (BATCH_SCRIPT, Place(), 1),  # no step of srun: one process, whatever has been asked for
