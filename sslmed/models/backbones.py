@@ -138,8 +138,8 @@ class Backbone(nn.Module):
     def checkpoint_gradients(self) -> None:
         """From now on keep for the backward pass only what enters each block, and compute the rest once more then.
 
-        That saves most of the activations' memory for about a third more time. It is timm's: networks differ in what
-        is a block, and ``maps`` checkpoints where ``forward`` does. Gradients stay the same to the bit, dropout and
+        It costs about a third more time; what it saves `benchmarks/memory.py` shows. It is timm's: networks differ in
+        what is a block, and ``maps`` checkpoints where ``forward`` does. Gradients stay the same to the bit, dropout and
         stochastic depth are drawn the same again, and BatchNorm's statistics count a batch once.
 
         Raises:
