@@ -41,9 +41,16 @@ def group(backend: str, seconds: float, **meeting: Any) -> Iterator[None]:
     global _patient
     dist.init_process_group(backend, timeout=timedelta(seconds=seconds), **meeting)
     _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-    yield
-    _patient = None
-    dist.destroy_process_group()  # after an error it could wait for others that wait for this one: the end frees it
+    alone = False
+    try:
+        yield
+    except BaseException as error:
+        alone = not (isinstance(error, SslmedError) and error.agreed)
+        raise
+    finally:
+        _patient = None
+        if not (alone and "nccl" in backend):  # NCCL would wait for others that wait for this one: the end frees it
+            dist.destroy_process_group()
 
 
 def exchange(value: Any) -> list[Any]:
