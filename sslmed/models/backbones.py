@@ -139,8 +139,8 @@ class Backbone(nn.Module):
         """From now on keep for the backward pass only what enters each block, and compute the rest once more then.
 
         It costs about a third more time; what it saves `benchmarks/memory.py` shows. It is timm's: networks differ in
-        what is a block, and ``maps`` checkpoints where ``forward`` does. Gradients stay the same to the bit, dropout and
-        stochastic depth are drawn the same again, and BatchNorm's statistics count a batch once.
+        what is a block, and ``maps`` checkpoints where ``forward`` does. Gradients stay the same to the bit, dropout
+        and stochastic depth are drawn the same again, and BatchNorm's statistics count a batch once.
 
         Raises:
             UsageError: timm cannot do this with the network.
