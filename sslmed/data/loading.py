@@ -305,10 +305,7 @@ class Collate:
         self.seed = seed
 
     def __call__(self, samples: "list[Sample | SslmedError]") -> "Batch | SslmedError":
-        for sample in samples:
-            if isinstance(sample, SslmedError):
-                return sample
-        return self.stack([sample for sample in samples if isinstance(sample, Sample)])
+        return first_error(samples) or self.stack([sample for sample in samples if isinstance(sample, Sample)])
 
     def stack(self, samples: list[Sample]) -> Batch:
         """The batch of good samples."""
@@ -317,6 +314,11 @@ class Collate:
         ids = torch.tensor([sample.row for sample in samples], dtype=torch.int64)
         groups = torch.tensor([sample.group for sample in samples], dtype=torch.int64)
         return Batch(views, target, ids, groups, self.seed, samples[0].epoch)
+
+
+def first_error(samples: Sequence[Any]) -> SslmedError | None:
+    """The first of the samples that could not be read."""
+    return next((sample for sample in samples if isinstance(sample, SslmedError)), None)
 
 
 def _worker_options(workers: int, prefetch: int = PREFETCH) -> dict[str, Any]:

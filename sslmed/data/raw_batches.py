@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from sslmed.config import SslmedError, UsageError
 from sslmed.data.device_views import DeviceViews, Images
 from sslmed.data.intensity import Intensity
-from sslmed.data.loading import Batch
+from sslmed.data.loading import Batch, first_error
 from sslmed.data.modality import Modality
 from sslmed.data.positives import Positives
 from sslmed.data.store import Store
@@ -153,10 +153,7 @@ class RawCollate:
         self.seed = seed
 
     def __call__(self, samples: "list[RawSample | SslmedError]") -> "RawBatch | SslmedError":
-        for sample in samples:
-            if isinstance(sample, SslmedError):
-                return sample
-        return self.stack([sample for sample in samples if isinstance(sample, RawSample)])
+        return first_error(samples) or self.stack([sample for sample in samples if isinstance(sample, RawSample)])
 
     def stack(self, samples: list[RawSample]) -> RawBatch:
         """The batch of good samples."""

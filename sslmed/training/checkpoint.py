@@ -66,7 +66,6 @@ class Checkpointer(pl.Callback):
         self._random_state: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.signals.install()  # Lightning has just taken SIGTERM, and would end without a checkpoint and with code 0
         if received := self.signals.agreed():
             raise _ending(received, "before the first step. Go on with --resume.")
 
@@ -83,7 +82,7 @@ class Checkpointer(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._random_state is not None:  # only now: making the loader's iterator draws from the same state
+        if self._random_state is not None:  # only now: setting up may have drawn from it
             torch.set_rng_state(self._random_state["rng"][distributed.rank()])
             if torch.cuda.is_available() and self._random_state["cuda_rng"]:
                 torch.cuda.set_rng_state(self._random_state["cuda_rng"][distributed.rank()])
