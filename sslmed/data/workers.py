@@ -1,4 +1,4 @@
-"""What child processes that read images owe to the process that started them."""
+"""Which cores processes may use, and what those that read images owe to the process that started them."""
 
 import os
 import signal
@@ -6,6 +6,11 @@ import threading
 import time
 
 CHECK_SECONDS = 2.0
+
+
+def usable_cores() -> list[int]:
+    """The numbers of the cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
 
 
 def follow(parent: int, *_: object) -> None:

@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -122,8 +122,7 @@ class Checkpointer(pl.Callback):
             )
         distributed.first(self._keep_the_last)
         trainer.save_checkpoint(self.path)
-        io = trainer.strategy.checkpoint_io
-        distributed.first(io.settle if isinstance(io, DurableCheckpointIO) else lambda: None)
+        distributed.first(cast(DurableCheckpointIO, trainer.strategy.checkpoint_io).settle)
         self.found = Found(self.path, trainer.global_step)
         self.saved()
 

@@ -17,6 +17,7 @@ from sslmed import distributed
 from sslmed.config import SslmedError
 from sslmed.data.loading import MOST_WORKERS, PREFETCH, Collate, tensors
 from sslmed.data.sampling import StreamSampler
+from sslmed.data.workers import usable_cores
 
 if TYPE_CHECKING:
     from sslmed.heads.head import Head
@@ -172,7 +173,7 @@ def _now(device: torch.device) -> float:
 
 def _cores(processes: int) -> int:
     """Those of this process, where ``processes`` share what they may use."""
-    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
+    usable = usable_cores()
     if distributed.world_size() > 1:  # each may be bound to cores of its own, or all of a machine to the same
         host = platform.node()
         masks = [set(cores) for name, cores in distributed.exchange([host, usable]) if name == host]

@@ -28,7 +28,7 @@ from pytorch_lightning.plugins.environments import (  # type: ignore[attr-define
 
 from sslmed import distributed
 from sslmed.config import Interrupted, SslmedError, TemporaryError, UsageError
-from sslmed.data.workers import end_with
+from sslmed.data.workers import end_with, usable_cores
 from sslmed.training.watching import kill, watch
 
 MEETING, PARENT = "SSLMED_MEETING", "SSLMED_PARENT"
@@ -193,7 +193,7 @@ def launch(words: Sequence[str], count: int) -> None:
         common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
         base = os.environ | common
         base.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are here; a host name that does not resolve is no matter
-        base.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+        base.setdefault("OMP_NUM_THREADS", str(max(1, len(usable_cores()) // count)))
         ranks: list[subprocess.Popen[bytes]] = []
         with _passing_on(ranks) as passed:
             try:
@@ -272,7 +272,3 @@ def _passing_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
