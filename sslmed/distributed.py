@@ -143,6 +143,14 @@ def means(values: dict[str, float]) -> dict[str, float]:
     return dict(zip(values, (tensor / world_size()).tolist(), strict=True))
 
 
+def mean(value: torch.Tensor) -> torch.Tensor:
+    """A tensor's mean over the processes, without gradient; on each the same."""
+    total = value.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total / world_size()
+
+
 def gather_cpu(local: torch.Tensor) -> list[torch.Tensor]:
     """A tensor on the CPU of every process, of one shape, in rank order."""
     if world_size() == 1:

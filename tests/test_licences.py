@@ -15,7 +15,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 CORE = [Requirement(line) for line in PROJECT["dependencies"]]
 COPYLEFT = re.compile(r"\bA?GPL|GNU (Affero )?General Public", re.IGNORECASE)  # LGPL passes: it is linked, not included
 # Their metadata names no licence; read in the wheel itself.
-READ_BY_HAND = {"hdf5plugin": "MIT; its filters are BSD, MIT, zlib and bzip2"}
+READ_BY_HAND = {"faster-coco-eval": "Apache-2.0", "hdf5plugin": "MIT; its filters are BSD, MIT, zlib and bzip2"}
 
 
 def closure(requirements: list[Requirement]) -> dict[str, Distribution]:

@@ -28,10 +28,11 @@ class HeadCard(Config):
 
     Attributes:
         target: what was learnt, in words: the label, the labels, or masks.
-        kind: one class an image, several findings an image, or a class a pixel.
+        kind: one class an image, several findings an image, a class a pixel, or boxes.
         config: its recipe section.
-        temperature: what logits are divided by, and
-        thresholds: from which probability on a class is called; both chosen on val patients. None: the likeliest class.
+        temperature, offset: what logits are divided by and what is then added, and
+        thresholds: from which probability on a class is called, or a box is drawn; all chosen on val patients. None:
+            the likeliest class.
         calibration: how probabilities did on those val patients, before and after.
         values: of masks, the value of each class in the files.
         shrunk_to: of tiles: images whose shorter side is longer are shrunk to it first, as ``ingest --size`` did.
@@ -40,10 +41,11 @@ class HeadCard(Config):
 
     name: str
     target: str
-    kind: Literal["class", "findings", "mask"] = "class"
+    kind: Literal["class", "findings", "mask", "boxes"] = "class"
     classes: tuple[str, ...]
     config: dict[str, Any]
     temperature: float = 1.0
+    offset: float = 0.0
     thresholds: tuple[float, ...] | None = None
     calibration: dict[str, float] = Field(default_factory=dict)
     values: tuple[int, ...] = ()

@@ -20,7 +20,7 @@ from sslmed.data.modality import Modality
 from sslmed.data.positives import Positives
 from sslmed.data.sampling import Rows, StreamSampler
 from sslmed.data.store import Store
-from sslmed.data.targets import UNKNOWN, Target
+from sslmed.data.targets import PADDING, UNKNOWN, Target, packed
 from sslmed.data.views import ALL, Augment, Pixels, ViewConfig
 from sslmed.data.workers import follow
 from sslmed.image_size import ImageSize
@@ -85,7 +85,9 @@ class Batch:
     Attributes:
         views: one tensor (N, C, H, W) a view, float32; sizes may differ between views.
         target: int64: class numbers (N,) or findings (N, K), -1 where nothing is known; or the masks (N, H, W) of the
-            first views, 255 where a pixel counts for nothing.
+            first views, 255 where a pixel counts for nothing. Of boxes float32 (N, M, 5): left, top, right and bottom
+            in pixels of the first views, and the class number; M is the most of any image, at least 1, and images of
+            fewer boxes end in rows of zeros whose class is `targets.PADDING`, -1.
         ids: store rows (N,), int64, which key every random choice together with ``seed`` and ``epoch``.
         groups: (N,), int64; samples of one number must not repel each other. All differ, unless positives come from
             other images: then there is a number for each patient.
@@ -117,7 +119,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Sample:
-    """One scan's views before they are stacked; ``target`` is int64, a row of a batch's."""
+    """One scan's views before they are stacked; ``target`` is a row of a batch's, of boxes (n, 5) without padding."""
 
     views: list[torch.Tensor]
     row: int
@@ -130,7 +132,7 @@ class ViewDataset(Dataset["Sample | SslmedError"]):
     """Augmented views of store rows, addressed by (epoch, row).
 
     With ``positives`` all views but the first are made of a partner of the row. With ``tile`` views are cut at the
-    image's own resolution (`Augment`). A mask moves along with the first view.
+    image's own resolution (`Augment`). A mask moves along with the first view, and so do boxes.
     """
 
     def __init__(
@@ -163,19 +165,23 @@ class ViewDataset(Dataset["Sample | SslmedError"]):
         return Sample([as_tensor(view, self.channels) for view in views], row, target, group, epoch)
 
     def _views(self, epoch: int, row: int) -> tuple[list[Pixels], torch.Tensor]:
-        target: Pixels = np.array(UNKNOWN) if self.target is None else self.target.of(row, self.store)
+        target: Any = np.array(UNKNOWN) if self.target is None else self.target.of(row, self.store)
+        kind = "" if self.target is None else self.target.kind
         partner = row
         if self.positives is not None:
             partner = self.positives.partner(row, rng(self.augment.seed, epoch, row, "partner"))
         views: list[Pixels] = []
         for source, which in [(row, ALL)] if partner == row else [(row, FIRST), (partner, OTHERS)]:
             pixels, intensity = self.store.pixels(source, self.slices), self.store.intensity(source)
-            if self.target is not None and self.target.kind == "mask" and source == row:
+            if kind == "mask" and source == row:
                 made, masks = self.augment.with_mask(pixels, target, intensity, epoch=epoch, sample=row, which=which)
                 views, target = views + made, masks[0]
+            elif kind == "boxes" and source == row:
+                made, boxes = self.augment.with_boxes(pixels, target, intensity, epoch=epoch, sample=row, which=which)
+                views, target = views + made, packed(boxes[0])
             else:
                 views += self.augment(pixels, intensity, epoch=epoch, sample=row, which=which)
-        return views, torch.from_numpy(target.astype(np.int64))
+        return views, torch.from_numpy(target if kind == "boxes" else target.astype(np.int64))
 
 
 class PlainDataset(Dataset["Sample | SslmedError"]):
@@ -310,10 +316,22 @@ class Collate:
     def stack(self, samples: list[Sample]) -> Batch:
         """The batch of good samples."""
         views = [torch.stack(parts) for parts in zip(*(sample.views for sample in samples), strict=True)]
-        target = torch.stack([sample.target for sample in samples])
+        target = _stacked([sample.target for sample in samples])
         ids = torch.tensor([sample.row for sample in samples], dtype=torch.int64)
         groups = torch.tensor([sample.group for sample in samples], dtype=torch.int64)
         return Batch(views, target, ids, groups, self.seed, samples[0].epoch)
+
+
+def _stacked(targets: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Those of a batch; boxes, which alone are float32, padded to the most of any image."""
+    if not targets[0].is_floating_point():
+        return torch.stack(list(targets))
+    longest = max(1, *map(len, targets))
+    padded = targets[0].new_zeros(len(targets), longest, 5)
+    padded[..., 4] = PADDING
+    for place, boxes in zip(padded, targets, strict=True):
+        place[: len(boxes)] = boxes
+    return padded
 
 
 def first_error(samples: Sequence[Any]) -> SslmedError | None:

@@ -14,6 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from sslmed.config import OutputExistsError, UsageError
+from sslmed.data.annotations.boxes import Boxes
+from sslmed.data.annotations.coco import write_coco
+from sslmed.data.annotations.components import boxes_around
 from sslmed.data.stain import RGB_FROM_HED
 from sslmed.data.writers import write_image, write_nifti
 from sslmed.durable import write_atomically
@@ -51,6 +54,8 @@ class PhantomScans:
         scans: files of ``patients``.
         masks: the folder with a mask for each scan, called like it, 1 inside a lesion and 0 elsewhere: PNG of a
             picture, NIfTI on the grid of a volume. None where no masks were asked for.
+        boxes: the COCO file of the pictures, with a box of the class lesion around each piece of one. None where no
+            boxes were asked for.
     """
 
     folder: Path
@@ -58,9 +63,12 @@ class PhantomScans:
     scans: int
     patients: int
     masks: Path | None = None
+    boxes: Path | None = None
 
 
-def write_scans(folder: Path, modality: str, patients: int = 16, seed: int = 0, masks: bool = False) -> PhantomScans:
+def write_scans(
+    folder: Path, modality: str, patients: int = 16, seed: int = 0, masks: bool = False, boxes: bool = False
+) -> PhantomScans:
     """Draw a small data set: a NIfTI volume a patient, or four PNG pictures. Every second patient has a lesion.
 
     Args:
@@ -68,18 +76,25 @@ def write_scans(folder: Path, modality: str, patients: int = 16, seed: int = 0, 
         modality: ct, mri, ultrasound, histology or photo (as histology).
         seed: the same seed gives the same files.
         masks: write ``masks/`` too; all other files stay the same.
+        boxes: write ``boxes.json`` too, of pictures; all other files stay the same.
 
     Raises:
-        UsageError: another modality.
+        UsageError: another modality, or boxes of volumes.
         OutputExistsError: ``folder`` holds something.
     """
     if modality not in DRAWN:
         raise UsageError(f"no phantoms of '{modality}' are drawn; allowed: {', '.join(DRAWN)}")
+    draw, volumes = DRAWN[modality], modality in ("ct", "mri")
+    if boxes and volumes:
+        raise UsageError(
+            f"no boxes are drawn on the volumes of '{modality}'; ask for masks, which give boxes there: "
+            "the target 'boxes around masks'"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputExistsError(f"{folder} holds something already; give another folder, or remove it first")
     for name in ("scans", "masks") if masks else ("scans",):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    draw, volumes = DRAWN[modality], modality in ("ct", "mri")
+    boxed: dict[str, tuple[tuple[int, int], Boxes]] = {}
     rows: list[tuple[str, str, str]] = []
     for number in range(patients):
         lesion = number % 2 == 1
@@ -89,13 +104,18 @@ def write_scans(folder: Path, modality: str, patients: int = 16, seed: int = 0, 
             _save(folder / "scans" / name, drawn.pixels, volumes)
             if masks:
                 _save(folder / "masks" / name, drawn.lesion.astype(np.uint8), volumes)
+            if boxes:
+                boxed[f"scans/{name}"] = drawn.lesion.shape, boxes_around(drawn.lesion.astype(np.uint8))
             rows.append((f"scans/{name}", f"P{number + 1:03d}", CLASSES[lesion]))
     labels = folder / "labels.csv"
     with write_atomically(labels) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("file", "patient", "label:finding"))
         writer.writerows(rows)
-    return PhantomScans(folder, labels, len(rows), patients, folder / "masks" if masks else None)
+    coco = folder / "boxes.json" if boxes else None
+    if coco is not None:
+        write_coco(coco, boxed, CLASSES[1:])
+    return PhantomScans(folder, labels, len(rows), patients, folder / "masks" if masks else None, coco)
 
 
 def chest(stream: np.random.Generator, lesion: bool) -> Drawn:

@@ -15,6 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from sslmed.config import OutputExistsError
+from sslmed.data.annotations.boxes import Boxes
+from sslmed.data.annotations.coco import write_coco
+from sslmed.data.annotations.components import boxes_around
 from sslmed.data.writers import write_image
 from sslmed.durable import write_atomically
 from sslmed.keyed_rng import rng
@@ -66,6 +69,8 @@ class Phantoms:
         broken: names of the two files that cannot be read, relative to ``folder``.
         masks: the folder with a PNG for each picture of a labelled patient, 1 inside a nodule and 0 elsewhere; it is
             called like the picture. None where no masks were asked for.
+        boxes: the COCO file of the pictures of labelled patients, with a box of the class nodule around each nodule, or
+            around two that overlap. None where no boxes were asked for.
     """
 
     folder: Path
@@ -75,9 +80,12 @@ class Phantoms:
     labelled_patients: int
     broken: tuple[str, str]
     masks: Path | None = None
+    boxes: Path | None = None
 
 
-def write_phantoms(folder: Path, patients: int = 140, seed: int = 0, masks: bool = False) -> Phantoms:
+def write_phantoms(
+    folder: Path, patients: int = 140, seed: int = 0, masks: bool = False, boxes: bool = False
+) -> Phantoms:
     """Draw a small data set: two to four pictures a patient, 96 to 160 pixels, 8, 12 or 16 bit; PNG, TIFF and JPEG.
 
     About half of the patients have the class nodule, in all their pictures; a quarter of the patients has no label. The
@@ -89,6 +97,7 @@ def write_phantoms(folder: Path, patients: int = 140, seed: int = 0, masks: bool
         patients: at least 2.
         seed: the same seed gives the same files.
         masks: write ``masks/`` too; all other files stay the same.
+        boxes: write ``boxes.json`` too; all other files stay the same.
 
     Raises:
         OutputExistsError: ``folder`` holds something.
@@ -101,6 +110,7 @@ def write_phantoms(folder: Path, patients: int = 140, seed: int = 0, masks: bool
     if drawn is not None:
         drawn.mkdir()
     rows: list[tuple[str, str, str, str]] = []
+    boxed: dict[str, tuple[tuple[int, int], Boxes]] = {}
     blank = set(rng(seed, 0, 0, "phantom blank").permutation(patients)[: round(_BLANK_SHARE * patients)].tolist())
     for number in range(patients):
         stream = rng(seed, 0, number, "phantom patient")
@@ -108,7 +118,9 @@ def write_phantoms(folder: Path, patients: int = 140, seed: int = 0, masks: bool
         body = anatomy(stream, lesion)
         label = "" if number in blank else CLASSES[lesion]
         for picture in range(int(stream.integers(2, 5))):
-            path = _write_one(images, len(rows), stream, body, None if number in blank else drawn)
+            path, nodules = _write_one(images, len(rows), stream, body, None if number in blank else drawn)
+            if boxes and number not in blank:
+                boxed[f"images/{path.name}"] = nodules.shape, boxes_around(nodules)
             rows.append((f"images/{path.name}", f"P{number + 1:04d}", label, str(1 + picture // 2)))
     broken = _write_broken(images, images / Path(rows[0][0]).name)
     rows.extend((f"images/{name}", f"P{number + 1:04d}", "", "") for number, name in enumerate(broken))
@@ -117,8 +129,11 @@ def write_phantoms(folder: Path, patients: int = 140, seed: int = 0, masks: bool
         writer = csv.writer(file)
         writer.writerow(("file", "patient", "label:finding", "meta:study"))
         writer.writerows(rows)
+    coco = folder / "boxes.json" if boxes else None
+    if coco is not None:
+        write_coco(coco, boxed, CLASSES[1:])
     names = (f"images/{broken[0]}", f"images/{broken[1]}")
-    return Phantoms(folder, labels, len(rows) - 2, patients, patients - len(blank), names, drawn)
+    return Phantoms(folder, labels, len(rows) - 2, patients, patients - len(blank), names, drawn, coco)
 
 
 def phantom(
@@ -257,7 +272,9 @@ def _noise(stream: np.random.Generator, size: tuple[int, int], sigma: float) -> 
     return np.float32(sigma) * stream.standard_normal(size, dtype=np.float32)
 
 
-def _write_one(images: Path, number: int, stream: np.random.Generator, body: Anatomy, masks: Path | None) -> Path:
+def _write_one(
+    images: Path, number: int, stream: np.random.Generator, body: Anatomy, masks: Path | None
+) -> tuple[Path, Mask]:
     pixels: np.ndarray[Any, np.dtype[Any]]
     pixels, nodules = _drawn(stream, _SIZES[stream.integers(len(_SIZES))], body)
     bits = int(stream.choice((8, 12, 16)))
@@ -268,7 +285,7 @@ def _write_one(images: Path, number: int, stream: np.random.Generator, body: Ana
     write_image(path, pixels)
     if masks is not None:
         write_image(masks / f"{path.stem}.png", nodules)
-    return path
+    return path, nodules
 
 
 def _write_broken(images: Path, good: Path) -> tuple[str, str]:

@@ -95,8 +95,8 @@ class RawDataset(Dataset["RawSample | SslmedError"]):
         positives: where the views but the first come from; by default from the row itself.
 
     Raises:
-        UsageError: masks for a target, which do not move along here, or a modality whose normalisation is not known
-            on the device.
+        UsageError: masks or boxes for a target, which do not move along here, or a modality whose normalisation is
+            not known on the device.
     """
 
     def __init__(
@@ -111,10 +111,10 @@ class RawDataset(Dataset["RawSample | SslmedError"]):
         positives: Positives | None = None,
         slices: int = 1,
     ) -> None:
-        if target is not None and target.kind == "mask":
+        if target is not None and target.kind in ("mask", "boxes"):
             raise UsageError(
-                "views that a device makes take no masks along; allowed targets: a class, findings, or none. "
-                "Augment on the CPU to learn masks"
+                "views that a device makes take no masks or boxes along; allowed targets: a class, findings, or none. "
+                "Augment on the CPU to learn masks or boxes: data.augment_on=cpu"
             )
         self.store = store
         self.views = DeviceViews(views, size, modality, channels)

@@ -1,4 +1,4 @@
-"""What is learnt of each image: its class, its findings, or its mask."""
+"""What is learnt of each image: its class, its findings, its mask, or its boxes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from sslmed.config import DataError, UsageError
+from sslmed.data.annotations.boxes import Boxes
+from sslmed.data.annotations.components import boxes_around
 from sslmed.data.annotations.mask_values import VOID
 from sslmed.data.store import Store
 
 UNKNOWN = -1
+PADDING = -1  # the class of rows that stand for no box, where a batch has images of fewer boxes than others
 Wanted = str | Sequence[str] | None
+_NO_BOXES = Boxes(np.empty((0, 4), np.float32), np.empty(0, np.int16))
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,21 +24,25 @@ class Target:
     """A target of every row of a store. It travels to workers, so it holds arrays, not the store.
 
     Attributes:
-        name: for people: a label, several with commas between, or "masks".
-        kind: one "class" of several, several "findings" of which each is there or not, or a "mask".
-        classes: names of the classes, of the findings, or of the masks' numbers, of which the first is the background.
-        known: (rows,) which rows have a target; of findings, at least one of them.
+        name: for people: a label, several with commas between, "masks", "boxes" or "boxes around masks".
+        kind: one "class" of several, several "findings" of which each is there or not, a "mask", or "boxes".
+        classes: names of the classes, of the findings, of the masks' numbers, of which the first is the background, or
+            of the boxes' numbers.
+        known: (rows,) which rows have a target; of findings, at least one of them; of boxes, those that have been
+            searched for some, the negatives among them.
         values: of a class its number (rows,) int64, -1 unknown; of K findings 0 or 1 (rows, K) int8, -1 unknown; of
-            masks None: they stay in the store.
-        shown: of masks (rows, K), the classes that each row's mask shows; otherwise None.
+            masks and boxes None: they stay in the store.
+        shown: of masks and boxes (rows, K), the classes that each row's mask or boxes show; otherwise None.
+        around: of boxes, whether they are those around what the store's masks show; the store has no others.
     """
 
     name: str
-    kind: Literal["class", "findings", "mask"]
+    kind: Literal["class", "findings", "mask", "boxes"]
     classes: tuple[str, ...]
     known: npt.NDArray[np.bool_]
     values: npt.NDArray[Any] | None
     shown: npt.NDArray[np.bool_] | None = None
+    around: bool = False
 
     def presence(self) -> npt.NDArray[np.bool_]:
         """Which classes each row shows, (rows, K); none where nothing is known."""
@@ -44,10 +52,11 @@ class Target:
             return np.asarray(self._values == 1)
         return np.asarray(self._values[:, None] == np.arange(len(self.classes)))
 
-    def of(self, row: int, store: Store) -> npt.NDArray[Any]:
-        """The target of a row before augmentation: a class number (), findings (K,), or a mask (H, W) uint8.
+    def of(self, row: int, store: Store) -> Any:
+        """The target of a row before augmentation: a class number (), findings (K,), a mask (H, W) uint8, or `Boxes`.
 
-        What is unknown is -1, in a mask 255; a row without a mask has one of 255 alone.
+        What is unknown is -1, in a mask 255; a row without a mask has one of 255 alone. A row without boxes has none,
+        whether somebody has looked for some or not: ``known`` tells the two apart.
 
         Args:
             store: the one that the target is of.
@@ -55,12 +64,14 @@ class Target:
         Raises:
             DataError: a mask that cannot be read.
         """
-        if self.kind != "mask":
+        if self.kind == "boxes" and not self.around:
+            return store.boxes(row) or _NO_BOXES
+        if self.kind not in ("mask", "boxes"):
             return np.asarray(self._values[row])
         mask = store.mask(row)
         if mask is None:
-            return np.full((int(store.index.height[row]), int(store.index.width[row])), VOID, np.uint8)
-        return mask
+            mask = np.full((int(store.index.height[row]), int(store.index.width[row])), VOID, np.uint8)
+        return boxes_around(mask) if self.around else mask
 
     @property
     def _values(self) -> npt.NDArray[Any]:
@@ -104,6 +115,36 @@ def masks(store: Store) -> Target:
         )
     annotations = store.annotations
     return Target("masks", "mask", classes, annotations.masked(), None, annotations.mask_presence())
+
+
+def boxes(store: Store) -> Target:
+    """The target that the store's boxes give, or else the boxes around what its masks show (`boxes_around`).
+
+    Raises:
+        DataError: there are neither, or no image has a box.
+    """
+    annotations = store.annotations
+    around = not annotations.boxed().any()
+    if around and not annotations.masked().any():
+        raise DataError(
+            f"the store {store.path} has neither boxes nor masks, around which boxes could be laid; "
+            "add some: sslmed label STORE --boxes FILE|DIR"
+        )
+    if around:
+        classes, known, shown = store.mask_classes[1:], annotations.masked(), annotations.mask_presence()[:, 1:]
+    else:
+        classes, known = store.box_classes, annotations.boxed()
+        shown = np.zeros((len(store), len(classes)), bool)
+        shown[annotations.every_box()] = True
+    if not shown.any():
+        none = "mask of {} shows anything to lay a box around" if around else "image of {} has a box"
+        raise DataError(f"no {none.format(store.path)}; add some that do: sslmed label STORE --boxes FILE|DIR")
+    return Target("boxes around masks" if around else "boxes", "boxes", classes, known, None, shown, around)
+
+
+def packed(boxes: Boxes) -> npt.NDArray[np.float32]:
+    """The boxes as a row of a batch has them: (n, 5), left, top, right, bottom in pixels, and the class number."""
+    return np.column_stack([boxes.xyxy, boxes.classes]).astype(np.float32)
 
 
 def one_label(store: Store, wanted: Wanted, reader: str) -> str | None:

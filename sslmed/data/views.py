@@ -16,9 +16,10 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from sslmed.config import Config
-from sslmed.data import stain, tiles
+from sslmed.data import box_moves, stain, tiles
+from sslmed.data.annotations.boxes import Boxes
 from sslmed.data.intensity import STILL, Intensity, Jitter, Normalise
-from sslmed.data.tiles import Mask
+from sslmed.data.tiles import Along, Mask
 from sslmed.image_size import ImageSize, sides
 from sslmed.keyed_rng import rng
 
@@ -130,30 +131,50 @@ class Augment:
         Args:
             mask: class numbers (H, W), 0 the background, 255 what counts for nothing.
         """
-        numbers = range(len(self.configs))[which]
-        made = [self._view(number, pixels, mask, intensity, epoch, sample) for number in numbers]
-        return [view for view, _ in made], [moved for _, moved in made if moved is not None]
+        made = [
+            self._view(number, pixels, mask, intensity, epoch, sample) for number in range(len(self.configs))[which]
+        ]
+        return [view for view, _ in made], [moved for _, moved in made if isinstance(moved, np.ndarray)]
+
+    def with_boxes(
+        self, pixels: Pixels, boxes: Boxes, intensity: Intensity, *, epoch: int, sample: int, which: slice = ALL
+    ) -> tuple[list[Pixels], list[Boxes]]:
+        """The views, and the boxes of each, which have moved along and lie in its pixels (`sslmed.data.box_moves`).
+
+        Without tiles the views are those of a call without boxes; with them some are laid on boxes (`tiles.cut`). Boxes
+        of which a view shows too little are left out: `Boxes.within` has the rule.
+
+        Args:
+            boxes: of the image as a whole.
+        """
+        made = [
+            self._view(number, pixels, boxes, intensity, epoch, sample) for number in range(len(self.configs))[which]
+        ]
+        return [view for view, _ in made], [moved for _, moved in made if isinstance(moved, Boxes)]
 
     def _view(
-        self, number: int, pixels: Pixels, mask: Mask | None, intensity: Intensity, epoch: int, sample: int
-    ) -> tuple[Pixels, Mask | None]:
+        self, number: int, pixels: Pixels, along: Along, intensity: Intensity, epoch: int, sample: int
+    ) -> tuple[Pixels, Along]:
         if self._geometry is None:
             self._geometry = [_geometry(config, self.size, self.tile) for config in self.configs]
         config, geometry = self.configs[number], self._geometry[number]
         if self.tile:
             place = rng(self.seed, epoch, sample, f"tile{number}")
-            pixels, mask = tiles.cut(pixels, mask, sides(self.size), config.rot90, place)
+            pixels, along = tiles.cut(pixels, along, sides(self.size), config.rot90, place)
         stream = rng(self.seed, epoch, sample, f"view{number}")
         geometry.set_random_state(stream, random.Random(int(stream.integers(2**63))))  # noqa: S311
-        moved = geometry(image=pixels) if mask is None else geometry(image=pixels, mask=mask)
+        moved = geometry(image=pixels, mask=along) if isinstance(along, np.ndarray) else geometry(image=pixels)
+        if isinstance(along, np.ndarray):
+            along = np.ascontiguousarray(moved["mask"])
+        elif along is not None:
+            along = box_moves.follow(along, geometry.transforms)
         view = moved["image"]
         if config.stain and view.ndim == 3:  # before standardisation: densities are logarithms of the light
             low, span = intensity.low, intensity.high - intensity.low
             unit = np.clip((view.astype(np.float32) - low) / span, 0, 1)
             view = stain.jitter(unit, config.stain, stream) * span + low
         view = _normalised(view, intensity, self.normalise, _jitter(config, stream))
-        view = _intensity(view, config, stream)
-        return view, None if mask is None else np.ascontiguousarray(moved["mask"])
+        return _intensity(view, config, stream), along
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_geometry": None}

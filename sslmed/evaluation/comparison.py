@@ -31,6 +31,10 @@ TITLES = {
     "iou": "IoU",
     "hd95": "HD95 (lower is better)",
     "asd": "average surface distance (lower is better)",
+    "map50": "AP at IoU 0.5",
+    "map": "AP at IoU 0.5 to 0.95",
+    "froc": "FROC score",
+    "sensitivity_at_1": "sensitivity at 1 false positive an image",
 }
 
 

@@ -6,6 +6,11 @@ torchvision_ops.mend()
 
 from sslmed.heads.classification import Classification
 from sslmed.heads.head import Head
+from sslmed.heads.localization import Localization
 from sslmed.heads.segmentation import Segmentation
 
-HEADS: dict[str, type[Head]] = {"classification": Classification, "segmentation": Segmentation}
+HEADS: dict[str, type[Head]] = {
+    "classification": Classification,
+    "segmentation": Segmentation,
+    "localization": Localization,
+}

@@ -15,7 +15,7 @@ from sslmed.data.raw_batches import RawBatch
 from sslmed.models.backbones import Backbone
 from sslmed.optim import OptimConfig, Parameters, decay_groups, scheduled
 
-Kind = Literal["class", "findings", "mask"]
+Kind = Literal["class", "findings", "mask", "boxes"]
 Maps = Sequence[torch.Tensor]
 
 
@@ -61,10 +61,11 @@ class Head(pl.LightningModule, ABC):
     ``predict`` and ``metrics``. It sets ``self.head``, the module that is saved beside the backbone.
 
     Attributes:
-        kinds: of targets that it learns: one class an image, several findings an image, or a class a pixel.
+        kinds: of targets that it learns: one class an image, several findings an image, a class a pixel, or boxes.
         needs: ``pooled`` features (N, D); or a ``pyramid``, which is a list of the images (N, C, H, W) and the
             backbone's maps from fine to coarse.
         temperature: what logits are divided by before they become probabilities; set by calibration on val patients.
+        offset: what is added to them then; of boxes only, whose scores before calibration are no probabilities.
         sync_batchnorm: BatchNorm takes its statistics from the batches of all processes: those of few labels are small.
         skipped: the optimizer step at hand changes nothing, because its numbers are not finite.
     """
@@ -84,7 +85,7 @@ class Head(pl.LightningModule, ABC):
         self.backbone = backbone
         self.classes = classes
         self.kind = kind
-        self.temperature = 1.0
+        self.temperature, self.offset = 1.0, 0.0
         self.register_buffer("weights", None, persistent=False)
         self.monitored: dict[str, torch.Tensor] = {}
         self.skipped = False
@@ -93,7 +94,7 @@ class Head(pl.LightningModule, ABC):
 
     @abstractmethod
     def logits(self, features: Any) -> torch.Tensor:
-        """(N, classes), or (N, classes, H, W) of masks; at least fp32."""
+        """(N, classes), (N, classes, H, W) of masks, (N, places, classes) of boxes; at least fp32."""
 
     @abstractmethod
     def loss(self, features: Any, target: torch.Tensor) -> torch.Tensor:
@@ -101,7 +102,7 @@ class Head(pl.LightningModule, ABC):
 
     @abstractmethod
     def predict(self, features: Any) -> torch.Tensor:
-        """Probabilities, of the shape of ``logits``."""
+        """Probabilities, of the shape of ``logits``; of boxes (N, most, 6), see `Localization.predict`."""
 
     @abstractmethod
     def metrics(self) -> tuple[str, ...]:
@@ -123,7 +124,7 @@ class Head(pl.LightningModule, ABC):
         return self.backbone(images) if self.needs == "pooled" else [images, *self.backbone.maps(images)]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Probabilities of images (N, C, H, W)."""
+        """Probabilities, or boxes, of images (N, C, H, W)."""
         return self.predict(self.features(images))
 
     @property

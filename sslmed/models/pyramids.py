@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sslmed.models.backbones import Level
@@ -70,7 +71,19 @@ class SimpleFeaturePyramid(nn.Module):
         return [branch(last) for branch in self.branches]
 
 
-class _ChannelNorm(nn.LayerNorm):
+def enlarged(maps: torch.Tensor, ratio: float, size: Sequence[int]) -> torch.Tensor:
+    """Maps ``ratio`` times as large, then cut, or continued by their last row and column, to ``size``.
+
+    Stretching to ``size`` instead would move what is seen: where a stride does not divide a side, the coarser map
+    reaches beyond the finer one, or ends before it.
+    """
+    larger = F.interpolate(maps, scale_factor=ratio, mode="bilinear", align_corners=False)
+    larger = larger[..., : size[0], : size[1]]
+    below, right = size[0] - larger.shape[-2], size[1] - larger.shape[-1]
+    return F.pad(larger, (0, right, 0, below), mode="replicate") if below or right else larger
+
+
+class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of (N, C, H, W), at every position by itself."""
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
@@ -82,11 +95,11 @@ def _branch(width: int, doublings: int, channels: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for number in range(doublings):
         if number:
-            layers += [_ChannelNorm(width), nn.GELU()]
+            layers += [ChannelNorm(width), nn.GELU()]
         narrow = max(width // 2, 1)
         layers.append(nn.ConvTranspose2d(width, narrow, kernel_size=2, stride=2))
         width = narrow
     layers += [nn.MaxPool2d(2, ceil_mode=True) for _ in range(-doublings)]
-    layers += [nn.Conv2d(width, channels, 1, bias=False), _ChannelNorm(channels)]
-    layers += [nn.Conv2d(channels, channels, 3, padding=1, bias=False), _ChannelNorm(channels)]
+    layers += [nn.Conv2d(width, channels, 1, bias=False), ChannelNorm(channels)]
+    layers += [nn.Conv2d(channels, channels, 3, padding=1, bias=False), ChannelNorm(channels)]
     return nn.Sequential(*layers)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from sslmed.models.backbones import Level
+from sslmed.models.pyramids import enlarged
 
 WIDTH = 16  # channels at the stride of 1; they double with the stride
 WIDEST = 256
@@ -80,20 +80,8 @@ class _Stage(nn.Module):
 
     def forward(self, coarse: torch.Tensor, skip: torch.Tensor | None, size: Sequence[int]) -> torch.Tensor:
         goal = [math.ceil(side / self.stride) for side in size] if skip is None else skip.shape[-2:]
-        joined = _enlarged(coarse, self.ratio, goal)
+        joined = enlarged(coarse, self.ratio, goal)
         if skip is not None:
             joined = torch.cat([joined, skip.to(joined.dtype)], dim=1)
         decoded: torch.Tensor = self.convolutions(joined)
         return decoded
-
-
-def _enlarged(maps: torch.Tensor, ratio: float, size: Sequence[int]) -> torch.Tensor:
-    """Maps ``ratio`` times as large, then cut, or continued by their last row and column, to ``size``.
-
-    Stretching to ``size`` instead would move what is seen: where a stride does not divide a side, the coarser map
-    reaches beyond the finer one, or ends before it.
-    """
-    larger = F.interpolate(maps, scale_factor=ratio, mode="bilinear", align_corners=False)
-    larger = larger[..., : size[0], : size[1]]
-    below, right = size[0] - larger.shape[-2], size[1] - larger.shape[-1]
-    return F.pad(larger, (0, right, 0, below), mode="replicate") if below or right else larger

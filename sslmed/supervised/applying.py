@@ -13,16 +13,19 @@ from sslmed.config import DataError
 from sslmed.data.input import as_tensor, network_input, to_image
 from sslmed.data.intensity import Intensity
 from sslmed.data.modality import Modality
-from sslmed.data.views import Pixels, shrink
+from sslmed.data.views import Pixels, placed, shrink
+from sslmed.evaluation.detections import Found
 from sslmed.evaluation.familiarity import appearance
 from sslmed.evaluation.probes import evaluating
 from sslmed.heads.head import Head
 from sslmed.image_size import ImageSize, sides
+from sslmed.models.box_windows import slide_boxes
 from sslmed.models.windows import slide_labels
-from sslmed.supervised.looks import Look, answered
+from sslmed.supervised.looks import Look, answered, found
 
 BATCH = 32  # images at once
 TILES = 8  # windows at once
+LEAST = 0.5  # pixels of an image: a box has longer sides
 
 Labels = npt.NDArray[np.uint8]
 
@@ -33,13 +36,15 @@ class Answer:
 
     Attributes:
         appearance: (D,), what the image looks like; nothing unless asked for.
-        scores: probabilities (K,) of an image's classes or findings; empty for masks.
-        labels: (H, W), the class of each of the image's own pixels; None for images' classes.
+        scores: probabilities (K,) of an image's classes or findings; empty for masks and boxes.
+        labels: (H, W), the class of each of the image's own pixels; None for all but masks.
+        boxes: in the image's own pixels; None for all but boxes.
     """
 
     appearance: npt.NDArray[np.float32]
     scores: npt.NDArray[np.float64]
     labels: Labels | None = None
+    boxes: Found | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Applied:
     Attributes:
         head: runs where its parameters are, in evaluation mode, and is left as it came.
         size: of the network input, pixels.
-        tiles: see ``SegmentationConfig.input``.
+        tiles: see ``SegmentationConfig.input`` and ``LocalizationConfig.input``.
         shrunk_to: see ``HeadCard``.
         looks: test-time augmentation; by default the image alone.
         described: whether answers say what images look like.
@@ -102,6 +107,8 @@ class Applied:
         inputs = self._inputs(images)
         seen = self._appearance(inputs) if self.described else np.empty((len(images), 0), np.float32)
         with evaluating(self.head), torch.inference_mode():
+            if self.head.kind == "boxes":
+                return self._boxes(images, inputs, seen)
             if self.tiles:
                 return [_answer(one, labels=self._tiled(*image)) for one, image in zip(seen, images, strict=True)]
             scores = answered(self.head, inputs, self.looks)
@@ -113,17 +120,42 @@ class Applied:
             for one, each, shape in zip(seen, scores, shapes, strict=True)
         ]
 
+    def _boxes(
+        self, images: list[tuple[Pixels, Intensity]], inputs: torch.Tensor, seen: npt.NDArray[np.float32]
+    ) -> list[Answer]:
+        if self.tiles:
+            each = [self._boxes_tiled(*image) for image in images]
+        else:
+            boxes = found(self.head, inputs, self.looks, self.head.config.overlap).float().cpu().numpy()
+            shapes = [pixels.shape[:2] for pixels, _ in images]
+            each = [boxes_on(one, shape, self.size) for one, shape in zip(boxes, shapes, strict=True)]
+        return [Answer(one, np.empty(0), boxes=own) for one, own in zip(seen, each, strict=True)]
+
+    def _boxes_tiled(self, pixels: Pixels, intensity: Intensity) -> Found:
+        image, (height, width) = self._at_own_resolution(pixels, intensity)
+        suppress, stride = self.head.config.overlap, max(level.stride for level in self.head.backbone.levels)
+        predict: Callable[[torch.Tensor], torch.Tensor] = lambda tiles: found(  # noqa: E731
+            self.head, tiles.to(self._device), self.looks, suppress
+        )
+        rows = slide_boxes(image, sides(self.size), predict, stride=int(stride), suppress=suppress, batch=TILES)
+        scale = np.array([width / image.shape[2], height / image.shape[1]] * 2, np.float32)
+        return _found(rows.numpy()[:, :4] * scale, rows.numpy(), (height, width))
+
     def _tiled(self, pixels: Pixels, intensity: Intensity) -> Labels:
-        height, width = pixels.shape[:2]
-        if self.shrunk_to:
-            pixels = shrink(pixels, self.shrunk_to)
-        self.check_covers((height, width))
-        image = as_tensor(self.policy.normalise(pixels, intensity), self.channels)
+        image, shape = self._at_own_resolution(pixels, intensity)
         predict: Callable[[torch.Tensor], torch.Tensor] = lambda tiles: answered(  # noqa: E731
             self.head, tiles.to(self._device), self.looks
         )
         labels = slide_labels(image, sides(self.size), predict, batch=TILES)
-        return _enlarged(labels, (height, width))
+        return _enlarged(labels, shape)
+
+    def _at_own_resolution(self, pixels: Pixels, intensity: Intensity) -> tuple[torch.Tensor, tuple[int, int]]:
+        """The image (C, h, w) that tiles are cut from, and the height and width that it had."""
+        height, width = pixels.shape[:2]
+        self.check_covers((height, width))
+        if self.shrunk_to:
+            pixels = shrink(pixels, self.shrunk_to)
+        return as_tensor(self.policy.normalise(pixels, intensity), self.channels), (height, width)
 
     def _inputs(self, images: Iterable[tuple[Pixels, Intensity]]) -> torch.Tensor:
         whole = [network_input(*image, self.policy, self.size, self.channels) for image in images]
@@ -136,6 +168,31 @@ class Applied:
     @property
     def _device(self) -> torch.device:
         return next(self.head.parameters()).device
+
+
+def boxes_on(rows: npt.NDArray[np.float32], shape: tuple[int, ...], size: ImageSize) -> Found:
+    """Boxes that were found in a network's input, on the image itself: the way back from `network_input`.
+
+    What lies beside the image, or under half a pixel of it, is left out.
+
+    Args:
+        rows: (D, 6) as `Localization.predict` has them.
+        shape: height and width of the image.
+        size: of the input.
+    """
+    top, left, height, width = placed(shape, size)
+    scale = np.array([shape[1] / width, shape[0] / height] * 2, np.float32)
+    corners = (rows[:, :4] - np.array([left, top, left, top], np.float32)) * scale
+    return _found(corners, rows, shape)
+
+
+def _found(corners: npt.NDArray[np.float32], rows: npt.NDArray[np.float32], shape: tuple[int, ...]) -> Found:
+    """Of corners in the image's pixels, and of rows their scores and classes."""
+    height, width = shape[:2]
+    within = np.clip(corners, 0, np.array([width, height, width, height], np.float32)).astype(np.float32)
+    real = (rows[:, 5] >= 0) & (within[:, 2:] - within[:, :2] >= LEAST).all(axis=1)
+    scores, classes = rows[real, 4].astype(np.float64), rows[real, 5].astype(np.int16)
+    return Found(within[real], scores, classes)
 
 
 def _batches(images: Iterable[tuple[Pixels, Intensity]]) -> Iterator[list[tuple[Pixels, Intensity]]]:

@@ -16,8 +16,8 @@ from sslmed.evaluation.protocol import Skipped
 from sslmed.supervised.starting import RANDOM
 
 # The metric of the printed verdict, named beforehand: of many, one would often look better by chance.
-HEADLINE = {"class": "auroc", "findings": "auroc", "mask": "dice"}
-TITLE = {"auroc": "AUROC", "dice": "Dice"}
+HEADLINE = {"class": "auroc", "findings": "auroc", "mask": "dice", "boxes": "map50"}
+TITLE = {"auroc": "AUROC", "dice": "Dice", "map50": "mAP at IoU 0.5"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class EvaluateResult:
     """What ``evaluate`` found; the same as in ``evaluation.json``.
 
     Attributes:
-        kind: of the target: class, findings or mask.
+        kind: of the target: class, findings, mask or boxes.
         seen: How many of the ``test_patients`` the model's pretraining has read; None when that cannot be told.
         seen_by: The same by start.
         skipped: Budgets that could not be drawn, with the reason.
@@ -76,7 +76,8 @@ class EvaluateResult:
         if self.kind == "class" and len(self.classes) == 2:
             average = f"positive: {self.classes[1]}"
         elif self.kind != "class":
-            average = "mean over findings" if self.kind == "findings" else f"mean over {', '.join(self.classes[1:])}"
+            averaged = self.classes[1:] if self.kind == "mask" else self.classes
+            average = "mean over findings" if self.kind == "findings" else f"mean over {', '.join(averaged)}"
         return [
             f"{self._headline} with 95 % intervals of {self.target}: {', '.join(self.classes)} ({average})",
             f"{self.test_images} test images of {self.test_patients} patients; {self._known(self.seen)}",

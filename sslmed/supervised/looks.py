@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from sslmed.models.boxes import nms
+
 SMALLER = (0.95, 0.9)  # only smaller: of a larger one the borders would be out of sight
 
 
@@ -28,6 +30,25 @@ class Look:
             return scores
         scores = torch.rot90(_scaled(scores, 1 / self.scale), -self.turns, (2, 3))
         return scores.flip(3) if self.mirrored else scores
+
+    def boxes_back(self, found: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Boxes (N, D, 6) that this look found in an input of height and width ``size``, where they belong.
+
+        Args:
+            size: of the images before ``there``.
+        """
+        boxes, rest = found[..., :4], found[..., 4:]
+        height, width = size if self.turns % 2 == 0 else size[::-1]
+        middle = boxes.new_tensor([width, height, width, height]) / 2
+        boxes = (boxes - middle) / self.scale + middle
+        for _ in range(self.turns):  # a quarter turn clockwise
+            left, top, right, bottom = boxes.unbind(-1)
+            boxes = torch.stack([height - bottom, left, height - top, right], dim=-1)
+            height, width = width, height
+        if self.mirrored:
+            left, top, right, bottom = boxes.unbind(-1)
+            boxes = torch.stack([width - right, top, width - left, bottom], dim=-1)
+        return torch.cat([boxes, rest], dim=-1)
 
 
 def looks(mirrors: Iterable[str], square: bool) -> tuple[Look, ...]:
@@ -55,6 +76,28 @@ def answered(
 ) -> torch.Tensor:
     """The mean of ``predict`` over looks at the images (N, C, H, W)."""
     return torch.stack([look.back(predict(look.there(images))) for look in seen]).mean(dim=0)
+
+
+def found(
+    predict: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, seen: Iterable[Look], suppress: float
+) -> torch.Tensor:
+    """The boxes (N, most, 6) of all looks at the images together, after suppression; by falling score, class -1 last.
+
+    Args:
+        suppress: of two boxes of a class with a greater IoU the one of the lower score goes.
+    """
+    size = (images.shape[2], images.shape[3])
+    parts = [look.boxes_back(predict(look.there(images)), size) for look in seen]
+    if len(parts) == 1:
+        return parts[0]
+    together = torch.cat(parts, dim=1)
+    boxes, scores, classes = together[..., :4], together[..., 4], together[..., 5]
+    real = classes >= 0
+    apart = torch.where(real[..., None], boxes, boxes.new_tensor([0.0, 0.0, 1.0, 1.0]))  # suppression wants areas
+    stays = nms(apart, scores, classes.long(), suppress) & real
+    kept = torch.where(stays[..., None], together, together.new_tensor([0.0, 0.0, 0.0, 0.0, 0.0, -1.0]))
+    order = kept[..., 4].argsort(dim=1, descending=True, stable=True)
+    return kept.gather(1, order[..., None].expand_as(kept))
 
 
 def _scaled(images: torch.Tensor, scale: float) -> torch.Tensor:

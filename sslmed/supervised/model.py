@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from sslmed import artifact
 from sslmed.artifact import Card, HeadCard
 from sslmed.config import DataError
+from sslmed.evaluation.detections import Found
 from sslmed.evaluation.familiarity import Familiarity
 from sslmed.heads import HEADS
 from sslmed.image_size import sides
@@ -36,6 +37,10 @@ class Model:
         if cuts is not None and len(scores) == 2:
             return (self.about.classes[int(scores[1] >= cuts[1])],)
         return (self.about.classes[int(scores.argmax())],)
+
+    def kept(self, found: Found) -> Found:
+        """The boxes that reach the threshold of their class."""
+        return found.where(found.scores >= np.array(self.about.thresholds)[found.classes])
 
     def foremost(self, scores: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> int:
         """The number of the class that is called; of findings the likeliest called one's, or of all if none is."""
@@ -67,7 +72,7 @@ def load(path: str | Path) -> Model:
         raise DataError(f"{path} has a head '{about.name}' that this sslmed does not know; use a newer one") from error
     head = kind(config, Backbone(artifact.load_backbone(path)), len(about.classes), about.kind)
     artifact.load_head(path, head.head)
-    head.temperature = about.temperature
+    head.temperature, head.offset = about.temperature, about.offset
     head.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     known = artifact.read_familiarity(path)
     applied = Applied(

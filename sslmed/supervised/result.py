@@ -13,7 +13,18 @@ from sslmed.supervised.report import markdown, text
 from sslmed.supervised.scoring import Subgroup, Triple
 from sslmed.supervised.tuning import Job, Tuned
 
-SHOWN = ("auroc", "average_precision", "sensitivity_at_90_specificity", "balanced_accuracy", "f1", "ece")
+SHOWN = (
+    "map50",
+    "map",
+    "froc",
+    "sensitivity_at_1",
+    "auroc",
+    "average_precision",
+    "sensitivity_at_90_specificity",
+    "balanced_accuracy",
+    "f1",
+    "ece",
+)
 REPORT = "test_scores.md"
 
 
@@ -22,14 +33,15 @@ class FinetuneResult:
     """A finished fine-tuning.
 
     Attributes:
-        target: the label or labels that were learnt, or "masks".
-        kind: one class an image, several findings an image, or a mask.
+        target: the label or labels that were learnt, "masks" or "boxes".
+        kind: one class an image, several findings an image, a mask, or boxes.
         val_patients: labelled patients that decided when to stop; the budget does not count them.
         seen: how many test patients the start had seen; None when that cannot be told.
         test: (value, low, high) of each metric, 95 % by bootstrap of test patients.
         by_class: the same of each class or finding; empty with two classes.
         subgroups: the same of each group of each meta column.
         unit: of distances.
+        others: what else was measured on the same test images, by title and metric.
         calibration: ECE and Brier score on val, before and after.
         thresholds: from which probability on each class is called; None where the likeliest is.
         notes: what was left out.
@@ -52,6 +64,7 @@ class FinetuneResult:
     by_class: dict[str, dict[str, Triple]]
     subgroups: tuple[Subgroup, ...]
     unit: str
+    others: dict[str, dict[str, Triple]]
     calibration: dict[str, float]
     thresholds: tuple[float, ...] | None
     notes: tuple[str, ...]
@@ -65,7 +78,7 @@ class FinetuneResult:
             f"'{self.target}' on {self.test_images} test images of {self.test_patients} patients, with 95 % intervals; "
             + self._seen(),
         ]
-        for name, scores in {"": self.test, **self.by_class}.items():
+        for name, scores in {"": self.test, **self.by_class, **self.others}.items():
             shown = {metric: value for metric, value in scores.items() if metric in SHOWN or self.kind == "mask"}
             words = ", ".join(f"{metric} {text(value)}{self._unit(metric)}" for metric, value in shown.items())
             if name:
@@ -103,6 +116,7 @@ class FinetuneResult:
                 | {
                     "thresholds": None if kept["thresholds"] is None else tuple(kept["thresholds"]),
                     "test": _triples(kept["test"]),
+                    "others": {name: _triples(scores) for name, scores in kept["others"].items()},
                     "by_class": {name: _triples(scores) for name, scores in kept["by_class"].items()},
                     "subgroups": tuple(
                         Subgroup(**(each | {"scores": _triples(each["scores"])})) for each in kept["subgroups"]
@@ -137,6 +151,7 @@ def conclude(job: Job, run: Run, start: str | Path, tuned: Tuned) -> FinetuneRes
         by_class=tested.by_class,
         subgroups=tested.subgroups,
         unit=tested.unit,
+        others=tested.others,
         calibration=settled.about,
         thresholds=settled.thresholds,
         notes=(*task.skipped, *tested.notes),

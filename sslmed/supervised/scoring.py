@@ -54,6 +54,7 @@ class Tested:
         by_class: by class or finding, and within by metric.
         subgroups: of each meta column; ``notes`` tells of groups that are too small.
         unit: of distances, "mm" or "px"; "" without.
+        others: what else was measured on the same test images, by title and metric.
         notes: what was left out.
     """
 
@@ -62,10 +63,11 @@ class Tested:
     subgroups: tuple[Subgroup, ...]
     unit: str = ""
     notes: tuple[str, ...] = ()
+    others: dict[str, dict[str, Triple]] = field(default_factory=dict)
 
 
 class Scorer(Protocol):
-    """One for images' classes and findings, one for masks. ``settled`` counts once ``settle`` was called."""
+    """One for images' classes and findings, one for masks, one for boxes. ``settled`` counts after ``settle``."""
 
     applied: Applied
     settled: Settled
@@ -78,11 +80,6 @@ class Scorer(Protocol):
 
     def test(self, run: Path) -> Tested:
         """Score the test rows, once; each image's own result is kept in the run."""
-
-
-def scorer(task: Task, applied: Applied) -> Scorer:
-    """The scorer for the kind of target."""
-    return MaskScorer(task, applied) if task.target.kind == "mask" else LabelScorer(task, applied)
 
 
 def images(task: Task, rows: Rows) -> Iterator[tuple[Pixels, Intensity]]:
@@ -129,13 +126,13 @@ class LabelScorer:
         if len(task.target.classes) > 2 or task.target.kind == "findings":
             for label, name in enumerate(task.target.classes):
                 one = {key: each for key, each in metrics.measures(target, label).items() if key in wanted}
-                by_class[name] = _triples(scored, one, weights)
-        groups, notes = _groups(task.store, rows, scored, whole, weights)
+                by_class[name] = triples(scored, one, weights)
+        groups, notes = groups_of(task.store, rows, scored, whole, weights)
         if len(rows) < len(task.test):
             notes.append(
                 f"{len(task.test)} slices and frames are scored as {len(rows)} scans, by their mean probability"
             )
-        return Tested(_triples(scored, whole, weights), by_class, groups, notes=tuple(notes))
+        return Tested(triples(scored, whole, weights), by_class, groups, notes=tuple(notes))
 
     def _scores(self, side: str) -> Floats:
         """Of each unit the mean over its rows, as `predict` answers."""
@@ -196,10 +193,10 @@ class MaskScorer:
         overlaps.write(run)
         weights = protocol.bootstrap_weights(overlaps.patient, REPLICATES, seed=0)
         measures = overlap.measures(classes)
-        found = _triples(overlaps, measures, weights)
+        found = triples(overlaps, measures, weights)
         overall = {name: value for name, value in found.items() if ":" not in name}
         by_class = {name: {kind: found[f"{kind}:{name}"] for kind in overlap.KINDS} for name in classes[1:]}
-        groups, notes = _groups(store, first, overlaps, {kind: measures[kind] for kind in overlap.KINDS}, weights)
+        groups, notes = groups_of(store, first, overlaps, {kind: measures[kind] for kind in overlap.KINDS}, weights)
         left = {name: int(count) for name, count in zip(classes, overlaps.left_out, strict=True) if count}
         notes += [f"{count} test units neither show nor predict {name}" for name, count in left.items()]
         return Tested(overall, by_class, groups, unit, tuple(notes))
@@ -252,7 +249,8 @@ def _probabilities(logits: Floats, kind: str) -> Floats:
     return np.asarray(shares / shares.sum(axis=1, keepdims=True))
 
 
-def _triples(scored: Any, measures: Measures, weights: Any) -> dict[str, Triple]:
+def triples(scored: Any, measures: Measures, weights: Any) -> dict[str, Triple]:
+    """Each measure with its interval."""
     return _triple_of(protocol.summarise({"model": [scored]}, measures, weights))
 
 
@@ -264,7 +262,7 @@ def _array(values: Sequence[float] | None) -> Floats | None:
     return None if values is None else np.array(values)
 
 
-def _groups(
+def groups_of(
     store: Store, rows: Rows, scored: Any, measures: Measures, weights: Any
 ) -> tuple[tuple[Subgroup, ...], list[str]]:
     """The scores within each group of each meta column, and what is said of groups that are too small."""

@@ -9,14 +9,14 @@ from typing import Any
 from sslmed.config import DataError, UsageError
 from sslmed.console import say
 from sslmed.data.store import Store
-from sslmed.evaluation import metrics, overlap, predictions, protocol
+from sslmed.evaluation import detections, metrics, overlap, predictions, protocol
 from sslmed.evaluation.comparison import Row
 from sslmed.evaluation.protocol import Budget, Skipped
 from sslmed.recipe import FinetuneRecipe
 from sslmed.supervised.arms import Arm
 from sslmed.supervised.result import conclude
 from sslmed.supervised.starting import RANDOM
-from sslmed.supervised.task import labelled, target_of
+from sslmed.supervised.task import DRAWN, labelled, target_of
 from sslmed.supervised.tuning import Job, carry_out, open_run, prepare
 from sslmed.training.trainer import processes
 
@@ -49,7 +49,7 @@ def drawable(
         target.presence()[rows],
         budgets,
         range(seeds),
-        stratified=target.kind != "mask",
+        stratified=target.kind not in DRAWN,
         classes=target.classes,
     )
     left = {each.budget for each in skipped}
@@ -153,5 +153,21 @@ class _Masks:
         return dict(overlap.measures(first.classes))
 
 
-def _kind(run: Path) -> type[_Labels] | type[_Masks]:
-    return _Masks if (run / overlap.NAME).is_file() else _Labels
+class _Boxes:
+    """Runs that learnt boxes."""
+
+    lower_is_better: frozenset[str] = frozenset()
+
+    @staticmethod
+    def load(run: Path) -> detections.Detected:
+        return detections.read(run)
+
+    @staticmethod
+    def measures(first: detections.Detected) -> dict[str, Any]:
+        return dict(detections.measures(first.classes))
+
+
+def _kind(run: Path) -> type[_Labels] | type[_Masks] | type[_Boxes]:
+    if (run / overlap.NAME).is_file():
+        return _Masks
+    return _Boxes if (run / detections.NAME).is_file() else _Labels

@@ -20,6 +20,7 @@ from sslmed.recipe import FinetuneRecipe
 from sslmed.supervised.starting import policy_of
 
 SHOWN = 3
+DRAWN = ("mask", "boxes")  # kinds of targets that are drawn on images, where others are words about them
 REMEDY = "Label some with sslmed label, or ingest again with a --split file that gives this side patients who show it"
 
 
@@ -88,15 +89,18 @@ def target_of(settings: FinetuneRecipe, store: Store) -> Target:
     """What the recipe's head learns of this store.
 
     Raises:
-        UsageError, DataError: as `targets.labels` and `targets.masks`.
+        UsageError, DataError: as `targets.labels`, `targets.masks` and `targets.boxes`.
     """
-    if HEADS[settings.head.name].kinds == ("mask",):  # type: ignore[attr-defined]
+    name = settings.head.name  # type: ignore[attr-defined]
+    (kind, *_) = HEADS[name].kinds
+    if kind in DRAWN:
+        what = "masks" if kind == "mask" else "boxes"
         if settings.data.target is not None:
             raise UsageError(
-                f"data.target is {json.dumps(settings.data.target)}, which names labels, but segmentation learns the "
-                "store's masks; remove it"
+                f"data.target is {json.dumps(settings.data.target)}, which names labels, but {name} learns the "
+                f"store's {what}; remove it"
             )
-        return targets.masks(store)
+        return targets.masks(store) if kind == "mask" else targets.boxes(store)
     return targets.labels(store, settings.data.target)
 
 
@@ -123,7 +127,7 @@ def draw(store: Store, target: Target, train: Rows, budget: str, seed: int) -> R
         target.presence()[train],
         protocol.parse(budget),
         [seed],
-        stratified=target.kind != "mask",
+        stratified=target.kind not in DRAWN,
         classes=target.classes,
     )
     if skipped:
@@ -138,7 +142,7 @@ def _large(store: Store, rows: Rows, data: DataConfig, side: str, skipped: list[
     if len(rows) and small.all():
         first = rows[0]
         raise DataError(
-            f"all {len(rows)} {side} images with masks of {store.path} are smaller than a tile of {height} x {width} "
+            f"all {len(rows)} {side} annotated images of {store.path} are smaller than a tile of {height} x {width} "
             f"pixels (such as {store.index.height[first]} x {store.index.width[first]});\n"
             "give a smaller data.size, or head.input=whole"
         )
@@ -152,8 +156,8 @@ def _large(store: Store, rows: Rows, data: DataConfig, side: str, skipped: list[
 def _check(store: Store, target: Target, train: Rows, val: Rows, test: Rows) -> None:
     presence = target.presence()
     for name, rows in (("val", val), ("test", test)):
-        if not len(rows) and (name == "test" or target.kind == "mask"):
-            what = "a mask" if target.kind == "mask" else f"a label '{target.name}'"
+        if not len(rows) and (name == "test" or target.kind in DRAWN):
+            what = {"mask": "a mask", "boxes": "boxes"}.get(target.kind, f"a label '{target.name}'")
             need = {"val": "training needs some to know when to stop", "test": "without them there is no honest score"}
             raise DataError(f"no {name} patient of {store.path} has {what}; {need[name]}.\n{REMEDY}")
     known = presence[train].any(axis=0)
@@ -170,6 +174,9 @@ def _check(store: Store, target: Target, train: Rows, val: Rows, test: Rows) -> 
                 f"the val patients of {store.path} show no class but {target.classes[0]}; early stopping needs some.\n"
                 f"{REMEDY}"
             )
+    elif target.kind == "boxes":
+        if not presence[val].any():
+            raise DataError(f"the val patients of {store.path} have no box; early stopping needs some.\n{REMEDY}")
     elif not _two_sided(target, val):
         raise DataError(
             f"the val patients of {store.path} show fewer than two classes of '{target.name}'; "

@@ -1,5 +1,6 @@
 """One fine-tuning, from a recipe, a store and a start to a model with its honest score."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from sslmed.heads.head import Head
 from sslmed.recipe import FinetuneRecipe, changes, dump, load_finetune
 from sslmed.run import Run
 from sslmed.supervised.applying import Applied
-from sslmed.supervised.scoring import Scorer, Tested, images, scorer
+from sslmed.supervised.box_scoring import BoxScorer
+from sslmed.supervised.scoring import LabelScorer, MaskScorer, Scorer, Tested, images
 from sslmed.supervised.starting import Begun, begin
-from sslmed.supervised.task import Task, task_of
+from sslmed.supervised.task import DRAWN, Task, task_of
 from sslmed.training.averaging import WeightAverage
 from sslmed.training.early_stopping import EarlyStopping
 from sslmed.training.fit import fit, seed_everything
@@ -32,6 +34,12 @@ from sslmed.training.monitors import MonitorConfig
 from sslmed.training.signals import SignalWatch
 from sslmed.training.trainer import TrainConfig, device, lightning_precision
 
+SCORERS: dict[str, Callable[[Task, Applied], Scorer]] = {
+    "class": LabelScorer,
+    "findings": LabelScorer,
+    "mask": MaskScorer,
+    "boxes": BoxScorer,
+}
 FAMILIAR = 1000  # train images whose features are described, and at most half as many of val
 
 
@@ -63,8 +71,10 @@ def prepare(recipe: FinetuneRecipe, store: Store, source: str | Path) -> Job:
     begun = begin(recipe, store, source)
     settings = begun.settings
     task = task_of(settings, store, begun.backbone.in_chans)
-    if settings.data.augment_on == "device" and task.target.kind == "mask":
-        raise UsageError("data.augment_on is device, but masks move with their images on the cpu alone; remove it")
+    if settings.data.augment_on == "device" and task.target.kind in DRAWN:
+        raise UsageError(
+            "data.augment_on is device, but masks and boxes move with their images on the cpu alone; remove it"
+        )
     settings = settings.model_copy(update={"train": _at_most(settings.train, len(task.train))})
     settings.train.check(len(task.train))
     seed_everything(settings.train.seed)
@@ -74,7 +84,7 @@ def prepare(recipe: FinetuneRecipe, store: Store, source: str | Path) -> Job:
         head.balance(_counts(task))
     head.prepare(settings.optim, settings.train.batch_size, settings.train.total_steps(len(task.train)), 0)
     applied = Applied(head, task.policy, settings.data.size, task.channels, task.tiles, task.shrunk_to)
-    return Job(settings, begun, task, head, scorer(task, applied))
+    return Job(settings, begun, task, head, SCORERS[task.target.kind](task, applied))
 
 
 def open_run(job: Job, out: str | Path, resume: bool) -> Run:
@@ -199,6 +209,7 @@ def _head_card(job: Job) -> artifact.HeadCard:
         classes=target.classes,
         config=job.settings.head.model_dump(mode="json"),
         temperature=job.head.temperature,
+        offset=job.head.offset,
         thresholds=settled.thresholds,
         calibration=settled.about,
         values=job.task.store.annotations.mask_values if target.kind == "mask" else (),

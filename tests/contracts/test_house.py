@@ -50,7 +50,8 @@ DOORS = {
     "wandb": ["training/sinks.py"],
     "mlflow": ["training/sinks.py"],
     "tensorboard": ["training/sinks.py"],
-    "matplotlib": ["data/previews/panels.py"],
+    "matplotlib": ["data/previews/panels.py", "evaluation/curves.py"],
+    "faster_coco_eval": ["evaluation/detections.py"],
 }
 FORBIDDEN_NAMES = {"utils", "core", "common", "helpers", "registry", "constants", "types"}
 UNSAFE_MODULES = {"pickle", "_pickle", "dill", "joblib", "shelve", "marshal"}

@@ -6,6 +6,7 @@ import pytest
 
 from sslmed.config import OutputExistsError, UsageError
 from sslmed.data.acceptance import accept_scan
+from sslmed.data.annotations.box_files import read_boxes
 from sslmed.data.annotations.masks import match_masks, onto
 from sslmed.data.intensity import foreground
 from sslmed.data.modality import MODALITIES
@@ -70,6 +71,30 @@ def test_masks_change_nothing_else_and_each_scan_has_its_own(name: str, tmp_path
         depth = len(scan.pixels) if scan.kind == "volume" else 1
         values = onto(mask, depth, scan.pixels.shape[1:] if depth > 1 else scan.pixels.shape[:2], scan.affine)
         assert values.max() == (label[file_name] == "lesion")
+
+
+@pytest.mark.parametrize("name", ["ultrasound", "histology", "photo"])
+def test_boxes_change_nothing_else_and_each_picture_is_listed(name: str, tmp_path: Path) -> None:
+    plain = write_scans(tmp_path / "plain", name, patients=4)
+    made = write_scans(tmp_path / "boxed", name, patients=4, boxes=True)
+    assert plain.boxes is None
+    assert made.boxes == made.folder / "boxes.json"
+    with made.labels.open(newline="") as file:
+        label = {row["file"]: row["label:finding"] for row in csv.DictReader(file)}
+    for file_name in ("labels.csv", *label):
+        assert (plain.folder / file_name).read_bytes() == (made.folder / file_name).read_bytes()
+    drawn = read_boxes(made.boxes)
+    assert drawn.classes == ("lesion",)
+    assert {each.names[0]: bool(each.corners) for each in drawn.images} == {
+        file_name: finding == "lesion" for file_name, finding in label.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["ct", "mri"])
+def test_volumes_have_no_boxes(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"volumes of '(ct|mri)'; ask for masks, .* 'boxes around masks'"):
+        write_scans(tmp_path / "new", name, boxes=True)
+    assert not (tmp_path / "new").exists()
 
 
 def values_where(name: str, lesion: bool) -> tuple[np.ndarray, np.ndarray]:

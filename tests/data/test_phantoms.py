@@ -7,6 +7,7 @@ import pytest
 
 from sslmed.config import DataError, OutputExistsError
 from sslmed.data.acceptance import accept
+from sslmed.data.annotations.box_files import read_boxes
 from sslmed.data.annotations.masks import match_masks
 from sslmed.data.modality import MODALITIES
 from sslmed.data.phantoms import CLASSES, Phantoms, anatomy, phantom, phantom_with_mask, write_phantoms
@@ -132,6 +133,12 @@ def test_masks_are_asked_for_and_change_nothing_else(tmp_path: Path) -> None:
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     plain = write_phantoms(tmp_path / "plain", patients=12)
+    assert plain.boxes is None
+    boxed = write_phantoms(tmp_path / "boxed", patients=12, boxes=True)
+    assert boxed.boxes == tmp_path / "boxed" / "boxes.json"
+    with_boxes = content(boxed.folder)
+    assert with_boxes.pop("boxes.json")
+    assert with_boxes == content(plain.folder)
     masked = write_phantoms(tmp_path / "masked", patients=12, masks=True)
     assert plain.masks is None
     assert masked.masks == tmp_path / "masked" / "masks"
@@ -151,3 +158,20 @@ def test_every_picture_of_a_labelled_patient_has_a_mask(tmp_path: Path) -> None:
         (mask,) = read_masks(path)
         assert mask.pixels.shape == read(made.folder / name).pixels.shape
         assert mask.pixels.max() == (label[name] == "nodule")
+
+
+def test_every_picture_of_a_labelled_patient_is_searched_for_boxes(tmp_path: Path) -> None:
+    made = write_phantoms(tmp_path / "set", patients=12, boxes=True)
+    with made.labels.open(newline="") as file:
+        label = {row["file"]: row["label:finding"] for row in csv.DictReader(file)}
+    assert made.boxes is not None
+    drawn = read_boxes(made.boxes)
+    assert drawn.classes == ("nodule",)
+    assert [each.names[0] for each in drawn.images] == [name for name, finding in label.items() if finding]
+    for each in drawn.images:
+        rows, columns = each.size or (0, 0)
+        assert (rows, columns) == read(made.folder / each.names[0]).pixels.shape
+        assert bool(each.corners) == (label[each.names[0]] == "nodule")
+        for left, top, right, bottom in each.corners:  # two that overlap are one
+            assert 0.08 * columns < right - left < 0.36 * columns
+            assert 0.08 * columns < bottom - top < 0.36 * columns

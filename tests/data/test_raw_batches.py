@@ -155,10 +155,11 @@ def test_an_error_is_handed_on(store: Store) -> None:
     assert "the store holds 3-channel images" in str(colour)
 
 
-def test_masks_are_refused(tmp_path: Path) -> None:
+def test_masks_and_boxes_are_refused(tmp_path: Path) -> None:
     shapes = write_shapes(tmp_path / "store", patients=4)
-    with pytest.raises(UsageError, match="allowed targets: a class, findings, or none"):
-        RawDataset(shapes, XRAY, (XRAY.view,), SIZE, 1, 0, targets.masks(shapes))
+    for target in (targets.masks(shapes), targets.boxes(shapes)):
+        with pytest.raises(UsageError, match="no masks or boxes along; allowed targets: a class, findings, or none"):
+            RawDataset(shapes, XRAY, (XRAY.view,), SIZE, 1, 0, target)
 
 
 def test_it_moves_with_everything_but_the_numbers_that_were_drawn(store: Store) -> None:

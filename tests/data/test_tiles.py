@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from sslmed.config import DataError
+from sslmed.data.annotations.boxes import Boxes
 from sslmed.data.tiles import cut
 from sslmed.keyed_rng import rng
 
@@ -104,3 +105,49 @@ def test_an_image_smaller_than_the_tile_is_refused(shape: tuple[int, int]) -> No
     words = rf"tile of 8 x 12 pixels .* image of {shape[0]} x {shape[1]}; give a smaller data\.size"
     with pytest.raises(DataError, match=words):
         tiles(places(*shape), None, 1)
+
+
+def boxed(*rows: tuple[float, float, float, float, int]) -> Boxes:
+    """Left, top, right, bottom, class."""
+    table = np.array(rows, np.float32).reshape(-1, 5)
+    return Boxes(table[:, :4], table[:, 4].astype(np.int16))
+
+
+def held(boxes: Boxes, place: tuple[int, int], count: int = 1500) -> float:
+    """The share of tiles that hold the pixel at ``place``."""
+    made = (cut(places(100, 100), boxes, WINDOW, 0, rng(0, 0, number, "tile"))[0] for number in range(count))
+    return float(np.mean([(tile == place).all(axis=-1).any() for tile in made]))
+
+
+def test_a_third_of_the_tiles_holds_the_middle_of_a_box() -> None:
+    chance = 96 / (93 * 89)
+    assert abs(held(boxed((58, 38, 63, 43, 0)), (40, 60)) - (1 / 3 + 2 / 3 * chance)) < 0.045
+    assert held(boxed((0, 0, 2, 2, 0)), (1, 1)) > 0.28  # in the corner of the image, too
+    assert held(boxed((98, 98, 100, 100, 0)), (99, 99)) > 0.28
+
+
+def test_rare_boxes_come_as_often_as_common_ones() -> None:
+    common = [(float(left), 90.0, left + 3.0, 94.0, 0) for left in range(0, 90, 3)]
+    share = held(boxed(*common, (58, 38, 63, 43, 4)), (40, 60))
+    assert abs(share - (1 / 6 + 2 / 3 * 96 / (93 * 89))) < 0.035
+
+
+def test_without_boxes_a_tile_lies_anywhere() -> None:
+    corners = [cut(places(30, 40), boxed(), WINDOW, 0, rng(0, 0, number, "tile"))[0][0, 0] for number in range(300)]
+    plain = [tile[0, 0] for tile in tiles(places(30, 40), np.zeros((30, 40), np.uint8), 300)]
+    np.testing.assert_array_equal(corners, plain)
+
+
+def test_boxes_are_cut_and_turned_as_the_tile_is() -> None:
+    seen = 0
+    for number in range(120):
+        tile, boxes = cut(places(20, 30), boxed((9, 6, 18, 11, 2)), WINDOW, 0.8, rng(0, 0, number, "tile"))
+        rows, columns = np.nonzero(((tile >= (6, 9)) & (tile < (11, 18))).all(axis=-1))
+        if len(boxes):
+            seen += 1
+            assert boxes.xyxy.tolist() == [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]
+            assert boxes.classes.tolist() == [2]
+        else:
+            sides = (0, 0) if not len(rows) else (np.ptp(rows) + 1, np.ptp(columns) + 1)
+            assert len(rows) < 0.25 * 45 or min(sides) < 2
+    assert 40 < seen < 120

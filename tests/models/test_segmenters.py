@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from sslmed.models.backbones import Backbone, BackboneConfig, Level, build
-from sslmed.models.pyramids import neck
-from sslmed.models.segmenters import UNetDecoder, _enlarged
+from sslmed.models.pyramids import enlarged, neck
+from sslmed.models.segmenters import UNetDecoder
 
 CLASSES = 3
 
@@ -124,7 +124,7 @@ def test_maps_stay_in_place_where_the_stride_does_not_divide_the_side() -> None:
     ramp = (torch.arange(4.0) + 0.5) * 2
     ramp = ramp.expand(1, 1, 4, 4)
     expected = torch.arange(8.0) + 0.5
-    cut, continued = _enlarged(ramp, 2, (7, 6))[0, 0], _enlarged(ramp, 2, (9, 10))[0, 0]
+    cut, continued = enlarged(ramp, 2, (7, 6))[0, 0], enlarged(ramp, 2, (9, 10))[0, 0]
     assert cut.shape == (7, 6)
     assert torch.allclose(cut[3, 1:], expected[1:6])
     assert continued.shape == (9, 10)

@@ -16,6 +16,10 @@ import numpy.typing as npt
 from sslmed.data.readers.refusal import RefusedError
 
 OVERHANG = 1.0  # pixels that a box may reach out of its image: rounding, and conventions that differ by one
+KEPT_SHARE = 0.25  # of its area that a box must have inside a window to stay
+KEPT_SIDE = 2.0  # pixels of what the network sees that a box in a window must have along either side to stay
+
+Corners = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,9 +29,12 @@ class Boxes:
     Attributes:
         xyxy: (n, 4) float32, left, top, right and bottom in pixels, 0 to the width or height; none of no area.
         classes: (n,) int16 class numbers.
+
+    Raises:
+        ValueError: another shape or dtype, or a box that is not finite, reversed or of no area.
     """
 
-    xyxy: npt.NDArray[np.float32]
+    xyxy: Corners
     classes: npt.NDArray[np.int16]
 
     def __post_init__(self) -> None:
@@ -35,6 +42,10 @@ class Boxes:
             raise ValueError(f"xyxy is {self.xyxy.dtype} {self.xyxy.shape} for {len(self.classes)} classes")
         if self.classes.shape != (len(self.classes),) or self.classes.dtype != np.int16:
             raise ValueError(f"classes are {self.classes.dtype} {self.classes.shape}")
+        if not np.isfinite(self.xyxy).all():
+            raise ValueError("a box is not finite")
+        if not (self.xyxy[:, :2] < self.xyxy[:, 2:]).all():
+            raise ValueError("a box has reversed corners or no area")
         self.xyxy.setflags(write=False)
         self.classes.setflags(write=False)
 
@@ -48,7 +59,12 @@ class Boxes:
             corners[:, [1, 3]] = size[0] - corners[:, [3, 1]]
         if across:
             corners[:, [0, 2]] = size[1] - corners[:, [2, 0]]
-        return Boxes(corners, self.classes.copy())
+        return Boxes(_apart(corners), self.classes.copy())
+
+    def turned(self, size: tuple[int, int], turns: int) -> "Boxes":
+        """The same boxes once an image of height and width ``size`` is turned by quarters counter-clockwise."""
+        boxes = self.flipped(size, down=turns % 4 in (2, 3), across=turns % 4 in (1, 2))
+        return Boxes(boxes.xyxy[:, [1, 0, 3, 2]], boxes.classes) if turns % 2 else boxes
 
     def scaled(self, source: tuple[int, int], target: tuple[int, int]) -> "Boxes":
         """The same boxes once an image of height and width ``source`` is resized to ``target``."""
@@ -56,7 +72,35 @@ class Boxes:
         factors = np.array([across, down, across, down], np.float64)
         limits = np.array([target[1], target[0], target[1], target[0]], np.float32)
         corners = np.minimum((self.xyxy * factors).astype(np.float32), limits)
-        return Boxes(corners, self.classes.copy())
+        return Boxes(_apart(corners), self.classes.copy())
+
+    def within(
+        self, top: float, left: float, height: float, width: float, size: tuple[int, int] | None = None
+    ) -> "Boxes":
+        """What a window shows of the boxes, in its own pixels, once it is resized to height and width ``size``.
+
+        Each box is shifted, scaled and clipped to the window. It stays where at least `KEPT_SHARE` of its area is
+        inside and either side of what is left has at least `KEPT_SIDE` pixels: a sliver at the edge shows too little
+        of an object to tell what it is and where it ends.
+
+        Args:
+            top, left, height, width: of the window, pixels of the image that the boxes are of.
+            size: of what the network sees; by default that of the window.
+        """
+        shown = (height, width) if size is None else size
+        scale = np.tile([shown[1] / width, shown[0] / height], 2)
+        moved = (self.xyxy - np.tile([left, top], 2).astype(np.float64)) * scale
+        clipped = np.clip(moved, 0, np.tile([shown[1], shown[0]], 2))
+        whole, seen = (each[:, 2:] - each[:, :2] for each in (moved, clipped))
+        stay = (seen.prod(axis=1) >= KEPT_SHARE * whole.prod(axis=1)) & (seen >= KEPT_SIDE).all(axis=1)
+        return Boxes(clipped[stay].astype(np.float32), self.classes[stay])
+
+
+def _apart(corners: Corners) -> Corners:
+    """The corners, each box as thin as float32 can hold where rounding has left it no area."""
+    corners[:, 2:] = np.maximum(corners[:, 2:], np.finfo(np.float32).tiny)
+    corners[:, :2] = np.minimum(corners[:, :2], np.nextafter(corners[:, 2:], np.float32(-np.inf)))
+    return corners
 
 
 @dataclass(frozen=True)
