@@ -219,7 +219,7 @@ class Bench:
                 for arm in self._arms()
             }
             patients = artifact.read_card(next(iter(runs.values()))[0]).data.patients
-            return {"rows": [_plain(row) for row in study.compared(runs, budget, patients, REPLICATES)]}
+            return {"rows": [plain(row) for row in study.compared(runs, budget, patients, REPLICATES)]}
 
         rows: list[dict[str, Any]] = self.cells.run(f"{self.name}-{budget}", compute, **self._settings())["rows"]
         return rows
@@ -237,7 +237,7 @@ class Bench:
 
 ![{self.about.headline} by budget](images/{picture.name})
 
-{_table(rows, self.about.shown)}
+{table(rows, self.about.shown)}
 
 {self._details()}
 """
@@ -281,7 +281,7 @@ def _quoted(settings: tuple[str, ...]) -> str:
 
 def _kept(run: Path) -> dict[str, Any]:
     """What a cell keeps of a run."""
-    result = sslmed_result(run)
+    result = result_of(run)
     head = artifact.read_card(run).head
     return {
         "test": {name: [None if v is None else round(v, 4) for v in values] for name, values in result["test"].items()},
@@ -295,7 +295,7 @@ def _kept(run: Path) -> dict[str, Any]:
     }
 
 
-def sslmed_result(run: Path) -> dict[str, Any]:
+def result_of(run: Path) -> dict[str, Any]:
     """The result that a finished run has kept."""
     from sslmed.run import read
 
@@ -303,7 +303,8 @@ def sslmed_result(run: Path) -> dict[str, Any]:
     return result
 
 
-def _table(rows: list[dict[str, Any]], shown: tuple[str, ...]) -> str:
+def table(rows: list[dict[str, Any]], shown: tuple[str, ...]) -> str:
+    """The rows of a comparison whose measure is in ``shown``, in Markdown."""
     lines = []
     for row in rows:
         if row["metric"] in shown:
@@ -319,7 +320,9 @@ def _table(rows: list[dict[str, Any]], shown: tuple[str, ...]) -> str:
     return xrays.grid(header, lines)
 
 
-def _plain(row: Any) -> dict[str, Any]:
+def plain(row: Any) -> dict[str, Any]:
+    """A row of a comparison as JSON holds it, in four digits, nan as null."""
+
     def rounded(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: rounded(each) for name, each in value.items()}

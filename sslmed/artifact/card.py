@@ -36,6 +36,7 @@ class HeadCard(Config):
         calibration: how probabilities did on those val patients, before and after.
         values: of masks, the value of each class in the files.
         shrunk_to: of tiles: images whose shorter side is longer are shrunk to it first, as ``ingest --size`` did.
+        weak: its boxes come from class labels alone.
         mirrors: turns and flips that training made, which test-time augmentation may make too.
     """
 
@@ -51,6 +52,7 @@ class HeadCard(Config):
     values: tuple[int, ...] = ()
     shrunk_to: int | None = None
     mirrors: tuple[str, ...] = ()
+    weak: bool = False
 
 
 class Card(Config):

@@ -1,4 +1,4 @@
-"""``sslmed predict``: a fine-tuned model and files it has never seen in, a table, masks and heat maps out."""
+"""``sslmed predict``: a fine-tuned model and files it has never seen in, a table, masks, boxes and heat maps out."""
 
 import shutil
 import uuid
@@ -19,7 +19,9 @@ from sslmed.data.sources.reading import Pool, Read, Refused, units
 from sslmed.data.views import Pixels
 from sslmed.durable import PARTIAL
 from sslmed.supervised import answered as writing
+from sslmed.supervised import box_answers
 from sslmed.supervised.answered import Answered
+from sslmed.supervised.box_answers import BoxFiles
 from sslmed.supervised.explained import heat_on
 from sslmed.supervised.model import Model, load
 
@@ -32,10 +34,15 @@ class PredictResult:
         out: the table.
         scans: lines of it.
         images: the images, slices and frames that they rest on.
-        predicted: how many scans each class, finding or mask's class was called in.
+        predicted: how many scans each class, finding or mask's class was called in; of a model that learnt boxes how
+            many objects of each class were found.
         unusual: files that look unlike what the model was trained on, or None where it cannot tell.
         skipped: (file, reason).
         masks, heat: folders, "" where there are none.
+        boxes: the table of boxes, "" of a model that gives none; ``boxes.json`` lies beside it.
+        found: objects of each class in boxes.
+        holding: scans with a box.
+        weak: boxes come from class labels alone.
     """
 
     out: str
@@ -46,19 +53,37 @@ class PredictResult:
     skipped: tuple[tuple[str, str], ...]
     masks: str
     heat: str
+    boxes: str
+    found: dict[str, int]
+    holding: int
+    weak: bool
     next: str
 
     def lines(self) -> list[str]:
         """For people."""
-        counts = ", ".join(f"{name} {count}" for name, count in self.predicted.items())
         shown = [f"  {name}: {reason}" for name, reason in self.skipped[:5]]
         skipped = [f"skipped {len(self.skipped)} files:", *shown] if self.skipped else []
         whole = f"{self.images} images"
+        counts = ": " + ", ".join(f"{name} {count}" for name, count in self.predicted.items())
+        learnt = bool(self.boxes) and not self.weak
         if self.scans != self.images:
-            by = "of" if self.masks else "by the mean over"
+            by = "of" if self.masks or learnt else "by the mean over"
             whole = f"{self.scans} scans {by} their {self.images} images, slices and frames"
-        where = [f"{name}: {path}" for name, path in (("masks", self.masks), ("heat maps", self.heat)) if path]
-        return [f"predicted {whole}: {counts}", *self._warnings(), *skipped, f"predictions: {self.out}", *where]
+        folders = (
+            ("masks", self.masks),
+            ("boxes", self.boxes),
+            ("heat maps" if not self.boxes else "pictures", self.heat),
+        )
+        where = [f"{name}: {path}" for name, path in folders if path]
+        said = [f"predicted {whole}{'' if learnt else counts}", *self._found(), *self._warnings()]
+        return [*said, *skipped, f"predictions: {self.out}", *where]
+
+    def _found(self) -> list[str]:
+        if not self.boxes:
+            return []
+        there = ", ".join(f"{count} {name}" for name, count in self.found.items())
+        said = f"found {there} in {self.holding} of {self.scans} scans" if there else "found no boxes"
+        return [said, *([f"weak: {box_answers.WEAK}; expect rough outlines"] if self.weak else [])]
 
     def _warnings(self) -> list[str]:
         if not self.unusual:
@@ -86,6 +111,8 @@ def predict(
 
     Of classes and findings a line has calibrated probabilities; those of a volume or clip are the mean over its slices
     or frames. Masks are written to ``out/masks`` under the names of their sources, volumes with the source's own grid.
+    Boxes that reach the threshold of their class are written to ``out/boxes.csv`` and, as COCO, ``out/boxes.json``;
+    those of neighbouring slices or frames are linked to objects (see `evaluation.linking`), one a line.
     The DICOM files of a series are one volume, where the modality reads volumes, under the name of the first.
 
     Args:
@@ -94,8 +121,8 @@ def predict(
         out: a new folder.
         resample_tilt: read series of a tilted gantry too, as ``ingest`` does with ``--resample-tilt``.
         tta: test-time augmentation: the mean over the mirrorings and turns that training used, else over sizes.
-        explain: also write pictures to ``out/heat``: Grad-CAM of the likeliest class or finding, or masks on images; of
-            a volume the slice that shows most.
+        explain: also write pictures to ``out/heat``: Grad-CAM of the likeliest class or finding, or masks or boxes on
+            images; of a volume the slice that shows most.
 
     Raises:
         MissingInputError: no model or no source.
@@ -121,6 +148,8 @@ def predict(
             raise DataError(f"none of the {len(files)} files in {source} could be read; the first: {first}: {reason}")
         partial.mkdir(parents=True, exist_ok=True)
         writing.write_table(partial / writing.TABLE, work.lines)
+        if work.boxes.scans:
+            work.boxes.write(partial)
         partial.rename(out)  # there whole or not at all
     except OSError as error:
         raise DiskError(f"cannot write {out}: {error.strerror}") from error
@@ -139,6 +168,7 @@ class _Prediction:
         self.skipped: list[tuple[str, str]] = []
         self.predicted: Counter[str] = Counter()
         self.unusual: list[str] = []
+        self.boxes = BoxFiles(model)
         self.images = 0
         self._places: set[str] = set()
         self._waiting: deque[tuple[Answered, Pixels, Intensity]] = deque()
@@ -161,15 +191,20 @@ class _Prediction:
     def result(self, out: Path) -> PredictResult:
         """What it came to, now that it lies in ``out``."""
         masks, heat, table = out / writing.MASKS, out / writing.HEAT, str(out / writing.TABLE)
+        classes = self.model.about.classes
         return PredictResult(
             table,
             len(self.lines),
             self.images,
-            {name: self.predicted[name] for name in self.model.about.classes if self.predicted[name]},
+            {name: self.predicted[name] for name in classes if self.predicted[name]},
             None if self.model.familiarity is None else tuple(self.unusual),
             tuple(self.skipped),
             str(masks) if masks.is_dir() else "",
             str(heat) if heat.is_dir() else "",
+            str(out / box_answers.BOXES) if self.boxes.scans else "",
+            {name: self.boxes.counts[name] for name in classes if self.boxes.counts[name]},
+            self.boxes.holding,
+            self.model.about.weak,
             command("head", table),
         )
 
@@ -203,26 +238,36 @@ class _Prediction:
 
     def _finish(self, scan: Answered) -> None:
         about = self.model.about
-        self.lines.append(writing.line(scan, self.model))
+        there = box_answers.objects(scan, self.model) if scan.found else ()
+        cells = box_answers.cells(scan, self.model, there) if scan.found else {}
+        self.lines.append(writing.line(scan, self.model, cells))
         self.images += scan.images
         if scan.unusual > 1:
             self.unusual.append(scan.name)
+        if scan.found:
+            self.boxes.add(scan, there)
         if about.kind == "mask":
             writing.write_mask(self.out, scan, about.values)
             shown = np.unique(np.concatenate([labels.ravel() for labels in scan.labels]))
             self.predicted.update(about.classes[label] for label in shown if label)
+        elif about.kind == "boxes":
+            self.predicted.update(about.classes[each.label] for each in there)
         else:
             self.predicted.update(self.model.called(scan.mean))
         if self.explain:
             writing.write_overlay(self.out, scan, self._picture(scan))
 
     def _picture(self, scan: Answered) -> Pixels:
+        if scan.found:
+            return box_answers.boxes_on(scan, self.model, self._shown)
         if self.model.about.kind == "mask":
             most = int(np.argmax([(labels > 0).sum() for labels in scan.labels]))
-            return writing.labels_on(*self._shown[most], self.model.card.slices, scan.labels[most])
-        label = self.model.foremost(scan.mean)
-        most = int(np.argmax([scores[label] for scores in scan.scores]))
-        return heat_on(self.model, *self._shown[most], label)
+            picture = writing.labels_on(*self._shown[most], self.model.card.slices, scan.labels[most])
+        else:
+            label = self.model.foremost(scan.mean)
+            most = int(np.argmax([scores[label] for scores in scan.scores]))
+            picture = heat_on(self.model, *self._shown[most], label)
+        return writing.as_shown(scan.scan, picture)
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()

@@ -1,6 +1,6 @@
-"""Heat maps: which places of an image a score rests on (Grad-CAM), and pictures of them and of label maps."""
+"""Heat maps: which places of an image a score rests on (Grad-CAM), and pictures of them, of label maps and of boxes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -29,6 +29,15 @@ LABEL_COLOURS = (
 _HEAT_COLOURS = ((80, 0, 100), (220, 40, 40), (255, 170, 0), (255, 255, 160))  # at evenly spaced heats from 0 to 1
 _HEAT_OPACITY = 0.6
 _FILL_OPACITY = 0.25
+_LINE = 1 / 300  # of an image's longer side: how wide outlines are, and a dot of a letter
+
+# Letters of 3 x 5 dots: of each row from the top an octal digit, whose bits are the dots from left to right.
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,-_+/:()%? "
+_DOTS = (
+    "257556565634443655567464774644345535575572227111525565544447577556555525552656442557365655"
+    "342167222255557555225577555255552227124725552262276124761216557117461634757712227575775716"
+    "000020002400700000070272011244020202444221112512456120200000"
+)
 
 
 def heat_maps(backbone: Backbone, score: Score, images: torch.Tensor) -> torch.Tensor:
@@ -91,6 +100,50 @@ def overlay_labels(pixels: Array, labels: Array) -> npt.NDArray[np.uint8]:
     colour = np.array(LABEL_COLOURS, np.float64)[(labels.astype(np.int64) - 1) % len(LABEL_COLOURS)]
     opacity = np.where(_outline(labels), 1.0, _FILL_OPACITY)[..., None] * shown[..., None]
     return _bytes((1 - opacity) * rgb + opacity * colour)
+
+
+def overlay_boxes(pixels: Array, xyxy: Array, classes: Array, words: Sequence[str] = ()) -> npt.NDArray[np.uint8]:
+    """An RGB picture (H, W, 3) of an image with outlines of boxes, the first on top; class 0 has the first colour.
+
+    Outlines lie inside their boxes, corners rounded to whole pixels, and are a three-hundredth of the longer side wide.
+
+    Args:
+        pixels: (H, W) or (H, W, 3), in [0, 1].
+        xyxy: (n, 4), left, top, right, bottom in pixels.
+        classes: (n,) class numbers.
+        words: of each box what is written beside it; letters are capitals, what has no letter here is a question mark.
+    """
+    picture = _bytes(_rgb(pixels, pixels if pixels.ndim == 2 else pixels[..., 0]))
+    width = max(1, round(_LINE * max(picture.shape[:2])))
+    colours = np.array(LABEL_COLOURS, np.uint8)[np.asarray(classes, np.int64) % len(LABEL_COLOURS)]
+    limits = np.array(picture.shape[1::-1] * 2)
+    corners = np.clip(np.rint(xyxy), 0, limits).astype(np.int64).reshape(-1, 4)
+    corners[:, 2:] = np.maximum(corners[:, 2:], corners[:, :2] + 1)
+    for (left, top, right, bottom), colour in zip(corners[::-1].tolist(), colours[::-1], strict=True):
+        inside = picture[top + width : bottom - width, left + width : right - width].copy()
+        picture[top:bottom, left:right] = colour
+        picture[top + width : bottom - width, left + width : right - width] = inside
+    for box, colour, text in reversed(list(zip(corners, colours, words, strict=False))):
+        _write(picture, text, box, colour, width)
+    return picture
+
+
+def _write(picture: Array, text: str, box: Array, colour: Array, dot: int) -> None:
+    """A line of text on black above a box; where there is no room, below it, or else in its upper edge."""
+    known = [letter if letter in _LETTERS else "?" for letter in text.upper()]
+    dots = np.zeros((7, 4 * len(known) + 1), bool)
+    for number, letter in enumerate(known):
+        rows = _DOTS[5 * _LETTERS.index(letter) :][:5]
+        dots[1:6, 4 * number + 1 : 4 * number + 4] = [[int(row) >> bit & 1 for bit in (2, 1, 0)] for row in rows]
+    strip = np.kron(dots, np.ones((dot, dot), bool))[..., None] * colour
+    left, top, _, bottom = box.tolist()
+    left = max(0, min(left, picture.shape[1] - strip.shape[1]))
+    if top >= len(strip):
+        top -= len(strip)
+    elif bottom + len(strip) <= len(picture):
+        top = bottom
+    room = picture[top : top + len(strip), left : left + strip.shape[1]]
+    room[:] = strip[: room.shape[0], : room.shape[1]]
 
 
 def _map_and_gradient(network: Any, score: Score, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

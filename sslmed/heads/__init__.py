@@ -8,9 +8,11 @@ from sslmed.heads.classification import Classification
 from sslmed.heads.head import Head
 from sslmed.heads.localization import Localization
 from sslmed.heads.segmentation import Segmentation
+from sslmed.heads.weak_localization import WeakLocalization
 
 HEADS: dict[str, type[Head]] = {
     "classification": Classification,
     "segmentation": Segmentation,
     "localization": Localization,
+    "weak_localization": WeakLocalization,
 }

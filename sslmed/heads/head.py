@@ -66,6 +66,7 @@ class Head(pl.LightningModule, ABC):
             backbone's maps from fine to coarse.
         temperature: what logits are divided by before they become probabilities; set by calibration on val patients.
         offset: what is added to them then; of boxes only, whose scores before calibration are no probabilities.
+        locates: gives boxes, though it learns labels alone: by ``heat``, of the classes ``located``.
         sync_batchnorm: BatchNorm takes its statistics from the batches of all processes: those of few labels are small.
         skipped: the optimizer step at hand changes nothing, because its numbers are not finite.
     """
@@ -73,6 +74,7 @@ class Head(pl.LightningModule, ABC):
     Config: ClassVar[type[HeadConfig]]
     kinds: ClassVar[tuple[Kind, ...]]
     needs: ClassVar[Literal["pooled", "pyramid"]]
+    locates: ClassVar[bool] = False
     sync_batchnorm: ClassVar[bool] = True
     head: nn.Module
     weights: torch.Tensor | None
@@ -107,6 +109,13 @@ class Head(pl.LightningModule, ABC):
     @abstractmethod
     def metrics(self) -> tuple[str, ...]:
         """Names of what is measured; the first decides early stopping and is better when larger."""
+
+    def named(self, classes: Sequence[str]) -> None:
+        """Take note of what the classes are called, once, before anything else.
+
+        Raises:
+            UsageError: the config names a class that is not among them.
+        """
 
     def balance(self, counts: torch.Tensor) -> None:
         """Take note of how often the train images show each class, before training; used when the config asks for it.

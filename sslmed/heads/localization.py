@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from sslmed.distributed import mean
+from sslmed.distributed import mean, world_size
 from sslmed.heads.head import Head, HeadConfig, Kind, Maps, full
 from sslmed.models.backbones import Backbone
 from sslmed.models.boxes import giou_loss, iou, nms
@@ -82,17 +82,17 @@ class Localization(Head):
     def loss(self, features: Maps, target: torch.Tensor) -> torch.Tensor:
         """Of boxes (N, M, 5): left, top, right, bottom in pixels of the input, class; class -1 is no box.
 
-        Sums over a batch are divided by how many places have a box, the mean over processes, so that several processes
-        have the gradient of one.
+        Sums over a batch are divided by how many places have a box, or by 1 where none has one; of several processes
+        by their mean, so that together they have the gradient of one.
         """
-        places = self._places(features)
+        places = _with_numbers(self._places(features))
         taught = [assigned(places.centres, places.strides, each) for each in target]
         box, central = (torch.stack(parts) for parts in zip(*taught, strict=True))
         there = box >= 0
         truth = target.to(places.boxes.dtype).gather(1, box.clamp_min(0)[..., None].expand(-1, -1, 5))
         number = truth[..., 4].long().masked_fill(~there, self.classes)
         goal = F.one_hot(number, self.classes + 1)[..., :-1].to(places.classes.dtype)
-        count, weight = mean(there.sum().to(central)).clamp_min(1), mean(central.sum()).clamp_min(1e-6)
+        count, weight = _count(there).to(central), mean(central.sum()).clamp_min(1e-6)
         apart = giou_loss(places.boxes[there], truth[there][:, :4])
         inside = F.binary_cross_entropy_with_logits(places.central[there], central[there], reduction="sum")
         loss = (focal_loss(places.classes, goal) + inside) / count + (apart * central[there]).sum() / weight
@@ -130,11 +130,11 @@ class Localization(Head):
         best, at = scores.flatten(1).topk(min(CANDIDATES, scores[0].numel()))
         place, kind = at // self.classes, at % self.classes
         boxes = places.boxes.gather(1, place[..., None].expand(-1, -1, 4))
-        best = best * nms(boxes, best, kind, self.config.overlap)
+        inside = boxes.clamp_min(0).minimum(boxes.new_tensor([size[1], size[0], size[1], size[0]]))
+        # by what is seen of them; of a place beyond the input that may be nothing
+        best = best * nms(torch.where((best > 0)[..., None], inside, boxes), best, kind, self.config.overlap)
         best, order = best.topk(min(self.config.detections, best.shape[1]))
-        boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
-        limits = boxes.new_tensor([size[1], size[0], size[1], size[0]])
-        return Boxed(boxes.clamp_min(0).minimum(limits), best, kind.gather(1, order))
+        return Boxed(inside.gather(1, order[..., None].expand(-1, -1, 4)), best, kind.gather(1, order))
 
     def _reduced(self, places: Places, found: Boxed) -> Boxed:
         """The same boxes in their new order."""
@@ -151,10 +151,11 @@ class Localization(Head):
             boxes = torch.cat([found.boxes[:, :TAUGHT], target[..., :4].to(found.boxes.dtype)], dim=1)
             kind = torch.stack([hit(each, true) for each, true in zip(boxes, target, strict=True)])
         logits = full(self._second_logits(places, boxes))
-        return F.cross_entropy(logits.flatten(0, 1), kind.flatten(), ignore_index=-1)
+        total = F.cross_entropy(logits.flatten(0, 1), kind.flatten(), ignore_index=-1, reduction="sum")
+        return total / _count(kind >= 0)
 
     def _second_logits(self, places: Places, boxes: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.head.reducer(places.finest, boxes, float(places.strides[0]))
+        logits: torch.Tensor = self.head.reducer(places.finest, boxes, self.head.detector.pyramid.strides[0])
         return logits
 
 
@@ -178,6 +179,8 @@ def assigned(centres: torch.Tensor, strides: torch.Tensor, target: torch.Tensor)
 
         central = sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b))        (FCOS, equation 3)
 
+    Here a side counts as two strides at least: of a small box between places none would be central at all.
+
     Args:
         centres: (L, 2).
         strides: (L,).
@@ -194,8 +197,7 @@ def assigned(centres: torch.Tensor, strides: torch.Tensor, target: torch.Tensor)
     takes &= (above < longer) & (longer <= below) & (target[:, 4] >= 0)
     size = torch.where(takes, half.prod(dim=1), torch.inf)
     smallest, box = size.min(dim=1)
-    own = box[:, None, None].expand(-1, 1, 2)
-    reach, off = grown.gather(1, own)[:, 0], away.gather(1, own)[:, 0]
+    reach, off = torch.maximum(half[box], stride), (centres - middle[box]).abs()
     central = ((reach - off).clamp_min(0) / (reach + off)).prod(dim=1).sqrt()
     there = smallest < torch.inf
     return torch.where(there, box, -1), central * there
@@ -229,3 +231,15 @@ def hit(boxes: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         best, at = iou(boxes[real], true[:, :4]).max(dim=1)
         kind[real] = torch.where(best >= HIT, true[at, 4].long() + 1, 0)
     return kind.masked_fill(~real, -1)
+
+
+def _with_numbers(places: Places) -> Places:
+    """Instead of boxes that are not numbers, which are refused, classes that are not: the loss says so to the guard."""
+    wrong = places.boxes.isnan().any(dim=-1, keepdim=True)
+    boxes = torch.where(wrong, places.boxes.new_tensor([0.0, 0.0, 1.0, 1.0]), places.boxes)
+    return places._replace(boxes=boxes, classes=places.classes.masked_fill(wrong, torch.nan))
+
+
+def _count(there: torch.Tensor) -> torch.Tensor:
+    """How many are there, the mean over processes; as if it were 1 in all where none is."""
+    return mean(there.sum().float()).clamp_min(1 / world_size())

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 from sslmed.models.boxes import nms
 
+SLACK = 1 / 8  # of a box's side that its middle may lie beyond a seam
+
 Predict = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -24,9 +26,11 @@ def slide_boxes(
     """The boxes of a whole image, (n, 6), from those of windows that have about half of a side in common.
 
     A seam runs through the middle of what two neighbours share; a window answers for the boxes whose middles lie on its
-    side of all seams. So an object is found whole where it is no larger than what neighbours share. What two windows
-    found of one object at a seam goes in a last suppression. Windows begin at multiples of ``stride``: there a
-    convolutional network says the same of an object in a window as in the whole image, out of reach of the borders.
+    side of all seams, or beyond one by up to an eighth of their own side: else an object at a seam would be lost where
+    each window sees it a little on the other's side. What two windows found of one object goes in a last suppression.
+    An object is found whole where it is no larger than four fifths of what neighbours share. Windows begin at multiples
+    of ``stride``: there a convolutional network says the same of an object in a window as in the whole image, out of
+    reach of the borders.
     The image is continued by its last row and column where the last windows reach beyond it.
 
     Args:
@@ -55,9 +59,9 @@ def slide_boxes(
         for (i, j), found in zip(taken, answers, strict=True):
             found = found[found[:, 5] >= 0]
             found[:, :4] += found.new_tensor([lefts[j], tops[i], lefts[j], tops[i]])
-            middle = (found[:, :2] + found[:, 2:4]) / 2
-            own = (middle >= middle.new_tensor([columns[j], rows[i]])).all(dim=1)
-            own &= (middle < middle.new_tensor([columns[j + 1], rows[i + 1]])).all(dim=1)
+            middle, slack = (found[:, :2] + found[:, 2:4]) / 2, (found[:, 2:4] - found[:, :2]) * SLACK
+            own = (middle >= middle.new_tensor([columns[j], rows[i]]) - slack).all(dim=1)
+            own &= (middle < middle.new_tensor([columns[j + 1], rows[i + 1]]) + slack).all(dim=1)
             parts.append(found[own])
     found = torch.cat(parts)
     limits = found.new_tensor([width, height, width, height])

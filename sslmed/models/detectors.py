@@ -95,26 +95,30 @@ class FeaturePyramid(nn.Module):
     Args:
         levels: of the maps that come in, fine to coarse; those finer than a stride of 3 are left aside.
         width: channels of what comes out.
+        finest_alone: only the finest map comes out.
 
     Attributes:
-        strides: of what comes out.
+        strides: of all levels.
     """
 
-    def __init__(self, levels: Sequence[Level], width: int) -> None:
+    def __init__(self, levels: Sequence[Level], width: int, finest_alone: bool = False) -> None:
         super().__init__()
         chosen = [level for level in levels if level.stride >= FINEST] or list(levels[-1:])
         self.skipped = len(levels) - len(chosen)
         self.strides = [float(level.stride) for level in chosen]
         self.sideways = nn.ModuleList([nn.Conv2d(level.channels, width, 1) for level in chosen])
-        self.smooth = nn.ModuleList([_conv3x3(width, width) for _ in chosen])
+        self.smooth = nn.ModuleList([_conv3x3(width, width) for _ in (chosen[:1] if finest_alone else chosen)])
 
     def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Maps (N, width, h, w), fine to coarse."""
+        return [layer(each) for layer, each in zip(self.smooth, self._joined(maps), strict=False)]
+
+    def _joined(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         flat = [layer(each) for layer, each in zip(self.sideways, maps[self.skipped :], strict=True)]
         for finer, coarser in reversed([*pairwise(range(len(flat)))]):
             ratio = self.strides[coarser] / self.strides[finer]
             flat[finer] = flat[finer] + enlarged(flat[coarser], ratio, flat[finer].shape[-2:])
-        return [layer(each) for layer, each in zip(self.smooth, flat, strict=True)]
+        return flat
 
 
 def _conv3x3(entering: int, leaving: int, std: float | None = None) -> nn.Conv2d:

@@ -52,6 +52,7 @@ def crop(found: torch.Tensor, boxes: torch.Tensor, stride: float) -> torch.Tenso
     unit = 2 * points / (stride * points.new_tensor([columns, rows])) - 1  # -1 and 1 are the map's edges
     across, down = torch.broadcast_tensors(unit[..., None, :, 0], unit[..., :, None, 1])
     grid = torch.stack([across, down], dim=-1).flatten(1, 2)
+    found = found.to(torch.promote_types(found.dtype, grid.dtype))  # half precision would move points by half a cell
     taken = F.grid_sample(found, grid.to(found.dtype), align_corners=False)  # (N, C, D * 7, 7)
     images, channels = taken.shape[:2]
     return taken.reshape(images, channels, -1, SIDE, SIDE).transpose(1, 2)

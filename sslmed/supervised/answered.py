@@ -1,7 +1,7 @@
 """What a model has said of one scan, and how it is written down: a line of a table, a mask, a heat map."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,6 +15,7 @@ from sslmed.data.scan import Scan
 from sslmed.data.views import Pixels
 from sslmed.data.writers import write_image, write_nifti
 from sslmed.durable import write_atomically
+from sslmed.evaluation.detected_boxes import Found
 from sslmed.evaluation.explain import overlay_labels
 from sslmed.supervised.applying import Answer
 from sslmed.supervised.model import Model
@@ -33,6 +34,7 @@ class Answered:
         scan: as read, without its pixels' use: its geometry.
         images: how many there will be.
         place: where its pictures go, without a suffix.
+        scores, labels, found: of each image, what the model gives of the three.
         distances: how unlike the model's own images each image is, as a multiple of what is usual.
     """
 
@@ -42,6 +44,7 @@ class Answered:
     place: PurePosixPath
     scores: list[npt.NDArray[np.float64]] = field(default_factory=list)
     labels: list[Labels] = field(default_factory=list)
+    found: list[Found] = field(default_factory=list)
     distances: list[float] = field(default_factory=list)
 
     def add(self, answer: Answer, distance: float) -> None:
@@ -51,6 +54,8 @@ class Answered:
             self.scores.append(answer.scores)
         else:
             self.labels.append(answer.labels)
+        if answer.boxes is not None:
+            self.found.append(answer.boxes)
 
     @property
     def complete(self) -> bool:
@@ -85,19 +90,20 @@ def place(name: str, part: str, taken: set[str]) -> PurePosixPath:
     return found
 
 
-def line(answered: Answered, model: Model) -> dict[str, Any]:
-    """The scan's line in ``predictions.csv``."""
+def line(answered: Answered, model: Model, of_boxes: Mapping[str, Any]) -> dict[str, Any]:
+    """The scan's line in ``predictions.csv``, with the cells ``of_boxes``."""
     about = model.about
     found: dict[str, Any] = {"file": answered.name, "part": answered.scan.part, "images": answered.images}
     if about.kind == "mask":
         sizes, unit = _sizes(answered, len(about.classes))
         found["unit"] = unit
         found |= {f"size:{name}": f"{size:.6g}" for name, size in zip(about.classes[1:], sizes[1:], strict=True)}
-    else:
+    elif about.kind != "boxes":
         found["predicted"] = "; ".join(model.called(answered.mean))
         found |= {
             f"probability:{name}": f"{value:.6f}" for name, value in zip(about.classes, answered.mean, strict=True)
         }
+    found |= of_boxes
     if model.familiarity is not None:
         found |= {"unlikeness": f"{answered.unusual:.2f}", "unusual": "yes" if answered.unusual > 1 else "no"}
     return found
@@ -139,14 +145,17 @@ def write_mask(folder: Path, answered: Answered, values: Sequence[int]) -> Path:
 
 
 def write_overlay(folder: Path, answered: Answered, picture: Pixels) -> Path:
-    """An overlay (H, W, 3) uint8 as PNG; turned as the mask's PNG is."""
+    """An overlay (H, W, 3) uint8, to be seen as it is, as PNG."""
     base = folder / HEAT / answered.place
     base.parent.mkdir(parents=True, exist_ok=True)
     path = base.with_name(f"{base.name}.png")
-    if answered.scan.kind != "volume":  # of a volume it is one slice, as viewers show it
-        picture = as_filed(answered.scan, picture[None])[0]
     write_image(path, np.ascontiguousarray(picture))
     return path
+
+
+def as_shown(scan: Scan, image: Pixels) -> Pixels:
+    """An image (H, W, ...) of a scan for the eye: a slice of a volume as viewers show it, else as its file lies."""
+    return image if scan.kind == "volume" else as_filed(scan, image[None])[0]
 
 
 def as_filed(scan: Scan, images: Pixels) -> Pixels:

@@ -22,6 +22,7 @@ from sslmed.image_size import ImageSize, sides
 from sslmed.models.box_windows import slide_boxes
 from sslmed.models.windows import slide_labels
 from sslmed.supervised.looks import Look, answered, found
+from sslmed.supervised.weak_boxes import boxes_around
 
 BATCH = 32  # images at once
 TILES = 8  # windows at once
@@ -38,7 +39,7 @@ class Answer:
         appearance: (D,), what the image looks like; nothing unless asked for.
         scores: probabilities (K,) of an image's classes or findings; empty for masks and boxes.
         labels: (H, W), the class of each of the image's own pixels; None for all but masks.
-        boxes: in the image's own pixels; None for all but boxes.
+        boxes: in the image's own pixels; None where the head gives none.
     """
 
     appearance: npt.NDArray[np.float32]
@@ -112,6 +113,8 @@ class Applied:
             if self.tiles:
                 return [_answer(one, labels=self._tiled(*image)) for one, image in zip(seen, images, strict=True)]
             scores = answered(self.head, inputs, self.looks)
+            if self.head.locates:
+                return self._weak(images, inputs, seen, scores.double().cpu().numpy())
         if self.head.kind != "mask":
             return [_answer(one, scores=each) for one, each in zip(seen, scores, strict=True)]
         shapes = [pixels.shape[:2] for pixels, _ in images]
@@ -130,6 +133,25 @@ class Applied:
             shapes = [pixels.shape[:2] for pixels, _ in images]
             each = [boxes_on(one, shape, self.size) for one, shape in zip(boxes, shapes, strict=True)]
         return [Answer(one, np.empty(0), boxes=own) for one, own in zip(seen, each, strict=True)]
+
+    def _weak(
+        self,
+        images: list[tuple[Pixels, Intensity]],
+        inputs: torch.Tensor,
+        seen: npt.NDArray[np.float32],
+        scores: npt.NDArray[np.float64],
+    ) -> list[Answer]:
+        """Answers with the boxes that a head of labels ``locates``."""
+        head: Any = self.head
+        heat = answered(head.heat, inputs, self.looks).float().cpu().numpy()
+        answers = []
+        for (pixels, _), one, own, chances in zip(images, seen, heat, scores, strict=True):
+            top, left, height, width = placed(pixels.shape[:2], self.size)
+            inside = own[:, top : top + height, left : left + width]
+            rows = boxes_around(inside, chances, head.located, head.config.share)
+            rows[:, :4] += np.array([left, top, left, top], np.float32)
+            answers.append(Answer(one, chances, boxes=boxes_on(rows, pixels.shape[:2], self.size)))
+        return answers
 
     def _boxes_tiled(self, pixels: Pixels, intensity: Intensity) -> Found:
         image, (height, width) = self._at_own_resolution(pixels, intensity)

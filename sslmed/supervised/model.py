@@ -40,7 +40,8 @@ class Model:
 
     def kept(self, found: Found) -> Found:
         """The boxes that reach the threshold of their class."""
-        return found.where(found.scores >= np.array(self.about.thresholds)[found.classes])
+        cuts = self.about.thresholds or (0.5,) * len(self.about.classes)
+        return found.where(found.scores >= np.array(cuts)[found.classes])
 
     def foremost(self, scores: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> int:
         """The number of the class that is called; of findings the likeliest called one's, or of all if none is."""
@@ -71,6 +72,7 @@ def load(path: str | Path) -> Model:
     except (KeyError, ValidationError) as error:
         raise DataError(f"{path} has a head '{about.name}' that this sslmed does not know; use a newer one") from error
     head = kind(config, Backbone(artifact.load_backbone(path)), len(about.classes), about.kind)
+    head.named(about.classes)
     artifact.load_head(path, head.head)
     head.temperature, head.offset = about.temperature, about.offset
     head.eval().to("cuda" if torch.cuda.is_available() else "cpu")

@@ -170,4 +170,4 @@ class _Boxes:
 def _kind(run: Path) -> type[_Labels] | type[_Masks] | type[_Boxes]:
     if (run / overlap.NAME).is_file():
         return _Masks
-    return _Boxes if (run / detections.NAME).is_file() else _Labels
+    return _Labels if (run / predictions.NAME).is_file() else _Boxes  # weak boxes lie beside predictions

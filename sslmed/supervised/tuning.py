@@ -27,6 +27,7 @@ from sslmed.supervised.box_scoring import BoxScorer
 from sslmed.supervised.scoring import LabelScorer, MaskScorer, Scorer, Tested, images
 from sslmed.supervised.starting import Begun, begin
 from sslmed.supervised.task import DRAWN, Task, task_of
+from sslmed.supervised.weak_scoring import WeakScorer
 from sslmed.training.averaging import WeightAverage
 from sslmed.training.early_stopping import EarlyStopping
 from sslmed.training.fit import fit, seed_everything
@@ -80,11 +81,16 @@ def prepare(recipe: FinetuneRecipe, store: Store, source: str | Path) -> Job:
     seed_everything(settings.train.seed)
     kind = HEADS[settings.head.name]  # type: ignore[attr-defined]
     head = kind(settings.head, begun.start.backbone, len(task.target.classes), task.target.kind)
+    head.named(task.target.classes)
     if head.config.weighted:
         head.balance(_counts(task))
     head.prepare(settings.optim, settings.train.batch_size, settings.train.total_steps(len(task.train)), 0)
     applied = Applied(head, task.policy, settings.data.size, task.channels, task.tiles, task.shrunk_to)
-    return Job(settings, begun, task, head, SCORERS[task.target.kind](task, applied))
+    return Job(settings, begun, task, head, _scorer(task, applied))
+
+
+def _scorer(task: Task, applied: Applied) -> Scorer:
+    return WeakScorer(task, applied) if applied.head.locates else SCORERS[task.target.kind](task, applied)
 
 
 def open_run(job: Job, out: str | Path, resume: bool) -> Run:
@@ -215,6 +221,7 @@ def _head_card(job: Job) -> artifact.HeadCard:
         values=job.task.store.annotations.mask_values if target.kind == "mask" else (),
         shrunk_to=job.task.shrunk_to if job.task.tiles else None,
         mirrors=_mirrors(job.task.policy),
+        weak=job.head.locates,
     )
 
 

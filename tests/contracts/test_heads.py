@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader
 from sslmed import recipe
 from sslmed.config import UsageError
 from sslmed.data.loading import Batch
-from sslmed.evaluation import overlap
+from sslmed.evaluation import detections, overlap
 from sslmed.evaluation.metrics import METRICS
 from sslmed.heads import HEADS
 from sslmed.heads.head import Head
+from sslmed.models import boxes
 from sslmed.models.backbones import BackboneConfig, build
 from sslmed.optim import OptimConfig
 from sslmed.training.trainer import TrainConfig, build_trainer
@@ -48,6 +49,12 @@ def batch_of(kind: str) -> Batch:
     elif kind == "findings":
         target = torch.stack([number == 1, number == 2, number > 0], dim=1).long()
         target[0, 2] = -1
+    elif kind == "boxes":
+        target = torch.tensor([[[0.0, 0.0, 0.0, 0.0, -1.0]] * 2] * SCANS)
+        for at in range(1, SCANS):  # the first image has none
+            left, top, width, height = 2 + at, 12 - at, 12, 10 + at
+            target[at, 0] = torch.tensor([left, top, left + width, top + height, number[at]])
+            images[at, 0, top : top + height, left : left + width] += 2.0 * (1 + number[at])
     else:
         target = torch.zeros(SCANS, SIDE, SIDE, dtype=torch.int64)
         for image, mask, which in zip(images, target, number.tolist(), strict=True):
@@ -59,7 +66,7 @@ def batch_of(kind: str) -> Batch:
 
 
 def outputs(head: Head) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and probabilities of the eight images, in evaluation mode."""
+    """Logits and probabilities, or boxes, of the eight images, in evaluation mode."""
     features = head.eval().features(batch_of(head.kind).views[0])
     return head.logits(features), head.predict(features)
 
@@ -87,6 +94,12 @@ def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> se
 def test_logits_and_probabilities(name: str, kind: str, network: str) -> None:
     head = small(name, kind, network)
     logits, scores = outputs(head)
+    if kind == "boxes":
+        places = sum((SIDE // each) ** 2 for each in (4, 8, 16, 32))
+        assert logits.shape == (SCANS, places, CLASSES)
+        assert scores.shape == (SCANS, head.config.detections, 6)
+        check_boxes(head, scores)
+        return
     assert logits.shape == scores.shape == ((SCANS, CLASSES, SIDE, SIDE) if kind == "mask" else (SCANS, CLASSES))
     assert ((scores >= 0) & (scores <= 1)).all()
     if kind != "findings":
@@ -97,20 +110,53 @@ def test_logits_and_probabilities(name: str, kind: str, network: str) -> None:
     torch.testing.assert_close(softer, (logits / 2).sigmoid() if kind == "findings" else (logits / 2).softmax(dim=1))
 
 
+def check_boxes(head: Head, found: torch.Tensor) -> None:
+    """Within the input, by falling score, then what is no box; and how calibration changes the scores alone."""
+    there = found[..., 5] >= 0
+    assert there.any()
+    assert (found[~there] == torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, -1.0])).all()
+    assert ((found[..., :4] >= 0) & (found[..., :4] <= SIDE)).all()
+    assert (found[..., 2:4] > found[..., :2])[there].all()
+    assert set(found[..., 5][there].tolist()) <= set(map(float, range(CLASSES)))
+    score = found[..., 4]
+    assert ((score > 0) & (score < 1))[there].all()
+    assert (score[:, 1:] <= score[:, :-1]).all()
+    assert torch.equal(head(batch_of("boxes").views[0]), found)
+    head.temperature, head.offset = 2.0, -0.5
+    calibrated = outputs(head)[1]
+    expected = torch.where(there, (score.logit() / 2 - 0.5).sigmoid(), 0)
+    torch.testing.assert_close(calibrated[..., 4], expected)
+    assert torch.equal(calibrated[..., [0, 1, 2, 3, 5]], found[..., [0, 1, 2, 3, 5]])
+
+
 @every_head
 def test_it_overfits_eight_images(name: str, kind: str) -> None:
     head, batch = small(name, kind).train(), batch_of(kind)
     optimizer = torch.optim.AdamW(head.parameter_groups(0.0), lr=3e-3)
     losses = []
-    for _ in range(60):
+    for _ in range(80 if kind == "boxes" else 60):
         loss = head.loss(head.features(batch.views[0]), batch.target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.15 * losses[0]
+    if kind == "boxes":  # how central places are is no 0 or 1, so that the loss has a floor
+        check_found(head, batch)
+    else:
+        assert losses[-1] < 0.15 * losses[0]
     without = [key for key, value in head.named_parameters() if value.grad is None or not value.grad.any()]
     assert not without
+
+
+def check_found(head: Head, batch: Batch) -> None:
+    """The best box of every image that has one is there, of its class; and the image without one has none as good."""
+    with torch.no_grad():
+        best = head.predict(head.features(batch.views[0]))[:, 0]
+    true = batch.target[1:, 0]
+    overlaps = boxes.iou(best[1:, None, :4], true[:, None, :4])[:, 0, 0]
+    assert (overlaps > 0.5).all(), overlaps
+    assert torch.equal(best[1:, 5], true[:, 4])
+    assert best[0, 4] < best[1:, 4].min()
 
 
 @every_head
@@ -245,9 +291,10 @@ def test_its_settings_survive_a_recipe(name: str, settings: dict[str, Any], tmp_
 @every_head
 def test_its_metrics_exist_and_the_first_is_better_when_larger(name: str, kind: str) -> None:
     names = small(name, kind).metrics()
-    known = overlap.measures(("background", "one", "two")) if kind == "mask" else METRICS
+    classes = ("background", "one", "two")
+    known = {"mask": overlap.measures(classes), "boxes": detections.measures(classes)}.get(kind, METRICS)
     assert set(names) <= set(known)
-    assert names[0] == ("dice" if kind == "mask" else "auroc")
+    assert names[0] == {"mask": "dice", "boxes": "map50"}.get(kind, "auroc")
 
 
 @pytest.mark.parametrize("name", HEADS)

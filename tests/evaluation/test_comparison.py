@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from sslmed.evaluation import detections
 from sslmed.evaluation.comparison import TITLES, Features, aligned, compare, markdown, text, title
 from sslmed.evaluation.metrics import LOWER_IS_BETTER, METRICS, auroc
 from sslmed.evaluation.overlap import KINDS
@@ -63,7 +64,7 @@ def test_findings_have_a_probe_each(case: dict[str, np.ndarray]) -> None:
 
 
 def test_every_metric_has_a_title_and_a_direction(case: dict[str, np.ndarray]) -> None:
-    assert TITLES.keys() == METRICS.keys() | set(KINDS)
+    assert TITLES.keys() == METRICS.keys() | set(KINDS) | set(detections.KINDS)
     assert title("dice:nerve") == "Dice, nerve"
     noise = np.random.default_rng(1).normal(size=(70, 4))
     features = {"good": [Features(case["train"], case["test"])], "noise": [Features(noise[:40], noise[40:])]}

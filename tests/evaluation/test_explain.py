@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sslmed.config import UsageError
-from sslmed.evaluation.explain import LABEL_COLOURS, heat_maps, overlay_heat, overlay_labels
+from sslmed.evaluation.explain import LABEL_COLOURS, heat_maps, overlay_boxes, overlay_heat, overlay_labels
 from sslmed.models.backbones import Backbone, BackboneConfig, build
 
 SIDE, BLOB, STEPS = 128, 24, 50
@@ -200,3 +200,61 @@ def test_pixels_that_do_not_fit_what_lies_over_them(shape: tuple[int, ...]) -> N
     for overlay in (overlay_heat, overlay_labels):
         with pytest.raises(ValueError, match=r"pixels \(H, W\)"):
             overlay(np.zeros(shape), np.zeros((4, 4), np.uint8))
+
+
+def test_overlay_of_boxes() -> None:
+    boxes, classes = np.array([[2.4, 3.4, 7.6, 9.0], [4, 5, 9, 10]]), np.array([1, 7])
+    picture = overlay_boxes(np.full((12, 11), 0.4), boxes, classes)
+    first, second, grey = list(LABEL_COLOURS[1]), list(LABEL_COLOURS[0]), [102, 102, 102]
+    expected = np.full((12, 11, 3), 102)
+    expected[5:10, 4:9] = second  # colours repeat
+    expected[6:9, 5:8] = grey
+    inside = expected[4:8, 3:7].copy()
+    expected[3:9, 2:8] = first  # the first on top
+    expected[4:8, 3:7] = inside
+    np.testing.assert_array_equal(picture, expected)
+    none = overlay_boxes(np.full((12, 11, 3), 0.4), np.empty((0, 4)), np.empty(0, np.int16))
+    assert (none == 102).all(), "the image as it is"
+
+
+def test_outlines_grow_with_the_image_and_stay_inside_it() -> None:
+    picture = overlay_boxes(np.zeros((300, 900)), np.array([[-5, 100, 400, 290], [10, 10, 10.2, 11]]), np.zeros(2))
+    coloured = picture.any(axis=2)
+    assert coloured[100:103, :400].all()
+    assert coloured[287:290, :400].all()
+    assert coloured[100:290, :3].all()
+    assert not coloured[103:287, 3:397].any()
+    assert coloured[10, 10], "a box under a pixel is a dot"
+    assert coloured.sum() == 190 * 400 - 184 * 394 + 1
+
+
+def test_words_stand_above_their_box() -> None:
+    picture = overlay_boxes(np.full((60, 80), 0.4), np.array([[10, 20, 30, 40]]), np.zeros(1), ["I1"])
+    strip = picture[13:20, 10:19]
+    letters = ["000000000", "011100100", "001001100", "001000100", "001000100", "011101110", "000000000"]
+    lit = np.array([[dot == "1" for dot in row] for row in letters])
+    np.testing.assert_array_equal(strip, lit[..., None] * np.array(LABEL_COLOURS[0]))
+    assert (picture[:13] == 102).all()
+    assert (picture[13:20, 19:] == 102).all()
+    lower = overlay_boxes(np.full((60, 80), 0.4), np.array([[10, 20, 30, 40]]), np.zeros(1), ["i1"])
+    np.testing.assert_array_equal(lower, picture)
+
+
+def test_words_without_room_above_or_beside() -> None:
+    words = ["é", "ß" * 40]
+    picture = overlay_boxes(np.full((60, 80), 0.4), np.array([[70, 2, 79, 40], [78, 40, 80, 59]]), np.zeros(2), words)
+    assert picture.shape == (60, 80, 3)
+    question = np.array([[dot == "1" for dot in row] for row in ("00000", "01100", "00010", "00100", "00000", "00100")])
+    np.testing.assert_array_equal(picture[40:46, 70:75].any(axis=2), question)  # below
+    assert not picture[33, :70].any(), "the strip of a long word begins at the left edge"
+    tall = overlay_boxes(np.full((60, 80), 0.4), np.array([[10, 2, 40, 58]]), np.zeros(1), ["E"])
+    assert tall[3:8, 11].all(axis=0).tolist() == [True, True, False], "in the upper edge"
+
+
+def test_every_letter_is_another() -> None:
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,-_+/:()%? "
+    seen = {}
+    for letter in letters:
+        picture = overlay_boxes(np.zeros((40, 40)), np.array([[10, 20, 30, 30]]), np.zeros(1), [letter])
+        seen[letter] = picture[13:20, 10:15].tobytes()
+    assert len(set(seen.values())) == len(letters) - 1, "O and 0 alone are alike"

@@ -1,0 +1,146 @@
+"""Weak localization: classes or findings from a map of evidence, which then tells where they are. No box is learnt."""
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+
+from sslmed.config import UsageError
+from sslmed.heads.head import Head, HeadConfig, Kind, Maps, full
+from sslmed.models.alignment import lean
+from sslmed.models.backbones import Backbone
+from sslmed.models.pyramids import ChannelNorm, enlarged, neck
+
+
+class WeakLocalizationConfig(HeadConfig):
+    """The knobs of weak localization.
+
+    Attributes:
+        stride: of the backbone's map that evidence is read from, pixels; the nearest that it has. A finer map tells
+            places better apart, a coarser one sees more around each.
+        width: channels of the layer between that map and the evidence.
+        sharpness: how near pooling is to the largest evidence of an image (r of ``pooled``); near 0 is the mean.
+        share: of the range of an image's evidence from which on a place belongs to a box.
+        nothing: the class that means that there is nothing to box; of two classes the first one by default.
+    """
+
+    name: Literal["weak_localization"] = "weak_localization"
+    stride: Annotated[int, Field(ge=2, le=64)] = 8
+    width: Annotated[int, Field(ge=8, le=1024)] = 128
+    sharpness: Annotated[float, Field(gt=0, le=100)] = 5.0
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    nothing: str | None = None
+
+
+class WeakLocalization(Head):
+    """A classifier whose last map is the evidence for each class at each place: its class-activation map itself.
+
+    Zhou et al., arXiv 1512.04150, on the finest map of a feature pyramid, pooled as in ChestX-ray8 (Wang et al., arXiv
+    1705.02315, section 4.1) by log-sum-exp instead of the mean, for findings are small.
+
+    Attributes:
+        located: numbers of the classes that boxes are laid around.
+    """
+
+    Config = WeakLocalizationConfig
+    config: WeakLocalizationConfig
+    head: "_Evidence"
+    kinds = ("class", "findings")
+    needs = "pyramid"
+    locates = True
+
+    def __init__(self, config: WeakLocalizationConfig, backbone: Backbone, classes: int, kind: Kind = "class") -> None:
+        super().__init__(config, backbone, classes, kind)
+        self.head = _Evidence(backbone, classes, config.stride, config.width)
+        self.located: tuple[int, ...] = tuple(range(classes))
+        self._leans: dict[tuple[int, int, int], tuple[int, int]] = {}  # by the shape of an image
+
+    def named(self, classes: Sequence[str]) -> None:
+        nothing = self.config.nothing
+        if nothing is None and self.kind == "class" and len(classes) == 2:
+            nothing = classes[0]
+        if nothing is not None and (nothing not in classes or self.kind == "findings"):
+            allowed = ", ".join(classes) if self.kind == "class" else "none, as findings need no such class"
+            raise UsageError(f"head.nothing is {nothing!r}; allowed: {allowed}")
+        self.located = tuple(number for number, name in enumerate(classes) if name != nothing)
+
+    def evidence(self, features: Maps) -> torch.Tensor:
+        """(N, classes, h, w), at least fp32; of a class that means nothing it is 0.
+
+        Else what speaks for nothing would be learnt instead of what speaks for something, and could be anywhere.
+        """
+        found = full(self.head(features[1:]))
+        counted = [float(number in self.located) for number in range(self.classes)]
+        return found * found.new_tensor(counted)[:, None, None]
+
+    def logits(self, features: Maps) -> torch.Tensor:
+        return pooled(self.evidence(features), self.config.sharpness)
+
+    def loss(self, features: Maps, target: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of classes; binary cross-entropy of findings, of which -1 counts for nothing."""
+        logits = self.logits(features)
+        if self.kind == "class":
+            return F.cross_entropy(logits, target)
+        known = target >= 0
+        goal = target.clamp_min(0).to(logits.dtype)
+        each = F.binary_cross_entropy_with_logits(logits, goal, reduction="none")
+        return (each * known).sum() / known.sum().clamp_min(1)
+
+    def predict(self, features: Maps) -> torch.Tensor:
+        logits = self.logits(features) / self.temperature
+        return logits.softmax(dim=1) if self.kind == "class" else logits.sigmoid()
+
+    def heat(self, images: torch.Tensor) -> torch.Tensor:
+        """The evidence (N, classes, H, W) at the resolution of images (N, C, H, W), bilinear, where it was seen."""
+        height, width = images.shape[-2:]
+        evidence = self.evidence(self.features(images))
+        larger = enlarged(evidence, self.head.stride, (height, width))
+        down, across = self._lean((images.shape[1], height, width))
+        top, left = (max(-shift, 0) for shift in (down, across))
+        framed = F.pad(larger, (left, max(across, 0), top, max(down, 0)), mode="replicate")
+        return framed[..., top + down :, left + across :][..., :height, :width]
+
+    def _lean(self, shape: tuple[int, int, int]) -> tuple[int, int]:
+        """How far the cells of the map look up and left of their places, whole pixels."""
+        if shape not in self._leans:
+            level = self.head.level if len(self.backbone.levels) > 1 else 0
+            down, across = lean(self.backbone, level, shape)
+            self._leans[shape] = round(down), round(across)
+        return self._leans[shape]
+
+    def metrics(self) -> tuple[str, ...]:
+        return "auroc", "average_precision", "balanced_accuracy", "ece", "brier"
+
+
+class _Evidence(nn.Module):
+    """From one of a backbone's maps to a map a class."""
+
+    def __init__(self, backbone: Backbone, classes: int, stride: float, width: int) -> None:
+        super().__init__()
+        self.neck = neck(backbone.levels)
+        levels = self.neck.levels
+        self.level = min(range(len(levels)), key=lambda number: abs(math.log(levels[number].stride / stride)))
+        self.stride = float(levels[self.level].stride)
+        self.before = nn.Sequential(nn.Conv2d(levels[self.level].channels, width, 1), ChannelNorm(width), nn.ReLU())
+        self.classifier = nn.Conv2d(width, classes, 1)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type]
+
+    def forward(self, maps: Maps) -> torch.Tensor:
+        found = self.before(self.neck(maps)[self.level])
+        with torch.autocast(found.device.type, enabled=False):
+            evidence: torch.Tensor = self.classifier(found.to(self.classifier.weight.dtype))
+        return evidence
+
+
+def pooled(evidence: torch.Tensor, sharpness: float) -> torch.Tensor:
+    """(N, K) of (N, K, h, w): (1 / r) log(mean over places of exp(r e)), between the mean and the largest.
+
+    Pinheiro & Collobert, arXiv 1411.6228, equation 6.
+    """
+    places = evidence.shape[-2] * evidence.shape[-1]
+    return (torch.logsumexp(sharpness * evidence.flatten(2), dim=-1) - math.log(places)) / sharpness
