@@ -27,7 +27,7 @@ from sslmed.supervised.arms import Arm, arms, refuse_labels
 from sslmed.supervised.evaluated import EvaluateResult, write
 from sslmed.supervised.starting import RANDOM
 from sslmed.supervised.study import Cell
-from sslmed.supervised.task import target_of
+from sslmed.supervised.task import DRAWN, target_of
 
 BOOTSTRAP_SEED = 0
 SEEDS, FINETUNED_SEEDS = 5, 3
@@ -100,7 +100,7 @@ def evaluate(
     if strict:
         _refuse_leakage(known)
     patients = len(np.unique(store.patients(train)))
-    wanted = parse(budgets or protocol.default_budgets(patients, masks=learnt.kind == "mask"))
+    wanted = parse(budgets or protocol.default_budgets(patients, drawn=learnt.kind in DRAWN))
     shape = size or (card.size if settings is None else starts[0].recipe(settings).data.size)
     about = _protocol(card, store, shape, seeds, replicates)
     if settings is None:
@@ -227,10 +227,12 @@ def _settings(
 
 
 def _labels(store: Store, target: str | None) -> Target:
-    if store.mask_classes and not store.labels:
+    drawn = "masks" if store.mask_classes else "boxes" if store.box_classes else ""
+    if drawn and not store.labels:
+        task = "segmentation" if drawn == "masks" else "localization"
         raise DataError(
-            f"the store {store.path} has masks but no labels, and probes need labels; compare the starts by "
-            f"fine-tuning: --recipe {store.modality}/segmentation"
+            f"the store {store.path} has {drawn} but no labels, and probes need labels; compare the starts by "
+            f"fine-tuning: --recipe {store.modality}/{task}"
         )
     return targets.labels(store, target)
 
@@ -266,9 +268,10 @@ def _check_labels(store: Store, learnt: Target, train: Rows, test: Rows) -> list
     for side, rows in (("train", train), ("test", test)):
         present = np.asarray(presence[rows].any(axis=0))
         if present.sum() < least:
-            found = ", ".join(np.array(learnt.classes)[present]) or "no label"
+            found = ", ".join(np.array(learnt.classes)[present]) or f"nothing of {learnt.name}"
+            count = "two classes" if least == 2 else "something"
             raise DataError(
-                f"the {side} patients have {found}; {store.path} needs at least two classes in train and in test"
+                f"the {side} patients have {found}; {store.path} needs at least {count} in train and in test"
             )
         if missing := [name for name, there in zip(learnt.classes, present, strict=True) if not there]:
             notes.append(f"note: no {side} patient is {', '.join(missing)}")
@@ -319,7 +322,7 @@ def _protocol(card: Card, store: Store, size: image_size.ImageSize, seeds: int, 
 
 
 def _next(card: Card, learnt: Target, model: Path | str, data: Path | str) -> str:
-    task = "segmentation" if learnt.kind == "mask" else "classification"
+    task = {"mask": "segmentation", "boxes": "localization"}.get(learnt.kind, "classification")
     fitting = [each.name for each in shipped() if each.name.startswith(f"{card.modality}/{task}")]
     recipe = fitting[0] if fitting else "RECIPE"
     return f"sslmed finetune {recipe} --data {shlex.quote(str(data))} --from {shlex.quote(str(model))} --out finetuned"

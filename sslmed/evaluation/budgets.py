@@ -101,14 +101,14 @@ def parse(text: str) -> tuple[Budget, ...]:
     return budgets
 
 
-def default_budgets(patients: int, *, masks: bool = False) -> str:
+def default_budgets(patients: int, *, drawn: bool = False) -> str:
     """The budgets of a study that names none.
 
     Args:
         patients: How many labelled train patients there are; below 200 shares would be too few of them.
-        masks: Of masks k counts patients in all, and one patient holds thousands of labelled pixels.
+        drawn: Of masks and boxes k counts patients in all, and one patient holds many of them.
     """
-    if masks:
+    if drawn:
         return "k=5,k=20,100%"
     return "k=1,k=5,k=10,100%" if patients < FEW_PATIENTS else "1%,10%,100%"
 

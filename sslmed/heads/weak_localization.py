@@ -11,7 +11,6 @@ from torch import nn
 
 from sslmed.config import UsageError
 from sslmed.heads.head import Head, HeadConfig, Kind, Maps, full
-from sslmed.models.alignment import lean
 from sslmed.models.backbones import Backbone
 from sslmed.models.pyramids import ChannelNorm, enlarged, neck
 
@@ -31,7 +30,7 @@ class WeakLocalizationConfig(HeadConfig):
     name: Literal["weak_localization"] = "weak_localization"
     stride: Annotated[int, Field(ge=2, le=64)] = 8
     width: Annotated[int, Field(ge=8, le=1024)] = 128
-    sharpness: Annotated[float, Field(gt=0, le=100)] = 5.0
+    sharpness: Annotated[float, Field(gt=0, le=100)] = 10.0
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     nothing: str | None = None
 
@@ -57,7 +56,6 @@ class WeakLocalization(Head):
         super().__init__(config, backbone, classes, kind)
         self.head = _Evidence(backbone, classes, config.stride, config.width)
         self.located: tuple[int, ...] = tuple(range(classes))
-        self._leans: dict[tuple[int, int, int], tuple[int, int]] = {}  # by the shape of an image
 
     def named(self, classes: Sequence[str]) -> None:
         nothing = self.config.nothing
@@ -95,22 +93,11 @@ class WeakLocalization(Head):
         return logits.softmax(dim=1) if self.kind == "class" else logits.sigmoid()
 
     def heat(self, images: torch.Tensor) -> torch.Tensor:
-        """The evidence (N, classes, H, W) at the resolution of images (N, C, H, W), bilinear, where it was seen."""
-        height, width = images.shape[-2:]
-        evidence = self.evidence(self.features(images))
-        larger = enlarged(evidence, self.head.stride, (height, width))
-        down, across = self._lean((images.shape[1], height, width))
-        top, left = (max(-shift, 0) for shift in (down, across))
-        framed = F.pad(larger, (left, max(across, 0), top, max(down, 0)), mode="replicate")
-        return framed[..., top + down :, left + across :][..., :height, :width]
+        """The evidence (N, classes, H, W) at the resolution of images (N, C, H, W), bilinear.
 
-    def _lean(self, shape: tuple[int, int, int]) -> tuple[int, int]:
-        """How far the cells of the map look up and left of their places, whole pixels."""
-        if shape not in self._leans:
-            level = self.head.level if len(self.backbone.levels) > 1 else 0
-            down, across = lean(self.backbone, level, shape)
-            self._leans[shape] = round(down), round(across)
-        return self._leans[shape]
+        A cell may come to answer for what lies anywhere in its sight, so that boxes may be off by a stride or so.
+        """
+        return enlarged(self.evidence(self.features(images)), self.head.stride, images.shape[-2:])
 
     def metrics(self) -> tuple[str, ...]:
         return "auroc", "average_precision", "balanced_accuracy", "ece", "brier"

@@ -283,9 +283,14 @@ def test_a_flipped_image_gives_flipped_boxes(reducer: bool) -> None:
     torch.testing.assert_close(back, found, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("side", [50, 65, 77])
-def test_nothing_is_found_beyond_an_input_that_strides_do_not_divide(side: int) -> None:
+def test_nothing_is_found_beyond_an_input_that_strides_do_not_divide(side: int, small: bool) -> None:
     head = detection.detector(side=side, detections=300).eval()
+    if small:  # so that places beyond the input have boxes of which nothing is inside
+        with torch.no_grad():
+            head.head.detector.distances.weight.zero_()
+            head.head.detector.distances.bias.fill_(-2.0)
     images, target = detection.scene([2, 1], side, seed=4)
     with torch.no_grad():
         places = head._places(head.features(images))

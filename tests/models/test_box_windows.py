@@ -1,5 +1,6 @@
 """Boxes of a large image from windows: objects at seams, and a real detector in windows and in one pass."""
 
+from itertools import pairwise
 from typing import Any
 
 import detection
@@ -57,7 +58,7 @@ def test_windows_start_at_multiples_of_the_stride_and_cover_the_image(window: in
     assert all(start % stride == 0 for start in starts)
     assert starts[-1] + window >= length
     assert len(starts) == 1 or starts[-2] + window < length, "no window is needless"
-    steps = {after - before for before, after in zip(starts, starts[1:], strict=False)}
+    steps = {after - before for before, after in pairwise(starts)}
     assert len(steps) <= 1
     assert not steps or window / 2 - stride < steps.pop() <= max(window / 2, stride)
     seams = _seams(starts, window, length)
@@ -75,9 +76,7 @@ def scenes(draw: st.DrawFn) -> dict[str, Any]:
     for _ in range(draw(st.integers(0, 5))):
         width, height = (draw(st.integers(3, int(0.8 * side / 2))) for side in reversed(window))
         left, top = draw(st.integers(0, size[1] - width)), draw(st.integers(0, size[0] - height))
-        apart = (
-            left + width <= box[0] or box[2] <= left or top + height <= box[1] or box[3] <= top for box in boxes
-        )
+        apart = (left + width <= box[0] or box[2] <= left or top + height <= box[1] or box[3] <= top for box in boxes)
         if all(apart):
             boxes.append((left, top, left + width, top + height))
     return {"size": size, "window": window, "boxes": boxes}
@@ -189,4 +188,6 @@ def test_a_convolutional_network_says_the_same_in_windows_and_in_one_pass(size: 
     assert len(found) > len(whole) > 60, "of a window as many boxes enter suppression as of the whole image"
     ends = whole[:, [0, 2]] if size[1] > size[0] else whole[:, [1, 3]]
     assert ((ends[:, 0] < 384) & (ends[:, 1] > 384)).any(), "some lie across the seam"
-    torch.testing.assert_close(found[: len(whole)], whole, rtol=1e-4, atol=1e-3)
+    apart = (found[: len(whole), None] - whole).abs().amax(dim=-1)  # the order of nearly equal scores may differ
+    assert apart.amin(dim=0).max() < 2e-3
+    assert apart.amin(dim=1).max() < 2e-3

@@ -11,9 +11,7 @@ from sslmed.models.detectors import Detector, FeaturePyramid
 
 def maps_of(levels: list[Level], side: int) -> list[torch.Tensor]:
     stream = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(2, level.channels, *[math.ceil(side / level.stride)] * 2, generator=stream) for level in levels
-    ]
+    return [torch.randn(2, level.channels, *[math.ceil(side / level.stride)] * 2, generator=stream) for level in levels]
 
 
 LEVELS = [Level(3, 2), Level(4, 4), Level(6, 8), Level(5, 16)]

@@ -1,0 +1,105 @@
+"""Evidence, how it is pooled, and which classes it is learnt for."""
+
+import math
+
+import pytest
+import torch
+
+from sslmed.config import UsageError
+from sslmed.heads.weak_localization import WeakLocalization, WeakLocalizationConfig, pooled
+from sslmed.models.backbones import BackboneConfig, build
+
+SIDE = 32
+
+
+def head(classes: int = 2, kind: str = "class", network: str = "test_resnet", **settings: object) -> WeakLocalization:
+    torch.manual_seed(0)
+    made = WeakLocalization(
+        WeakLocalizationConfig(**settings), build(BackboneConfig(name=network), SIDE, 0), classes, kind
+    )
+    with torch.no_grad():
+        made.head.classifier.weight.normal_()
+    return made.eval()
+
+
+def images(count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 10.0])
+def test_pooling_by_value_and_gradient(sharpness: float) -> None:
+    evidence = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    found = pooled(evidence, sharpness)
+    slow = [
+        [math.log(sum(math.exp(sharpness * e) for e in plane.flatten().tolist()) / 20) / sharpness for plane in image]
+        for image in evidence
+    ]
+    torch.testing.assert_close(found, torch.tensor(slow, dtype=torch.float64))
+    shares = torch.autograd.grad(found.sum(), evidence)[0]
+    expected = (sharpness * evidence).flatten(2).softmax(dim=-1).view_as(evidence)
+    torch.testing.assert_close(shares, expected)
+
+
+def test_pooling_lies_between_the_mean_and_the_largest() -> None:
+    evidence = torch.randn(1, 1, 6, 6, dtype=torch.float64)
+    assert pooled(evidence, 1e-4).item() == pytest.approx(evidence.mean().item(), abs=1e-3)
+    assert pooled(evidence, 100.0).item() == pytest.approx(evidence.max().item(), abs=0.05)
+
+
+def test_of_two_classes_the_first_is_nothing_and_has_no_evidence() -> None:
+    made = head()
+    made.named(("clear", "nodule"))
+    assert made.located == (1,)
+    evidence = made.evidence(made.features(images()))
+    assert not evidence[:, 0].any()
+    assert evidence[:, 1].any()
+    logits = made.logits(made.features(images()))
+    torch.testing.assert_close(logits[:, 0], torch.zeros(2))
+    torch.testing.assert_close(logits[:, 1], pooled(evidence, 10.0)[:, 1])
+
+
+def test_the_class_that_is_nothing_can_be_named() -> None:
+    made = head(3, nothing="normal")
+    made.named(("edema", "mass", "normal"))
+    assert made.located == (0, 1)
+    with pytest.raises(UsageError, match=r"head.nothing is 'normal'; allowed: a, b, c"):
+        made.named(("a", "b", "c"))
+
+
+def test_three_classes_and_findings_are_all_located() -> None:
+    made = head(3)
+    made.named(("a", "b", "c"))
+    assert made.located == (0, 1, 2)
+    made = head(2, "findings")
+    made.named(("a", "b"))
+    assert made.located == (0, 1)
+    with pytest.raises(UsageError, match="none, as findings need no such class"):
+        head(2, "findings", nothing="a").named(("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("network", "stride", "expected"), [("test_resnet", 8, 8), ("test_resnet", 4, 4), ("test_vit", 8, 8)]
+)
+def test_evidence_is_read_at_the_stride_that_is_asked_for(network: str, stride: int, expected: int) -> None:
+    made = head(network=network, stride=stride)
+    side = SIDE // expected
+    assert made.evidence(made.features(images())).shape == (2, 2, side, side)
+    assert made.heat(images()).shape == (2, 2, SIDE, SIDE)
+
+
+def test_heat_is_the_evidence_at_its_place() -> None:
+    made = head(stride=8)
+    evidence, heat = made.evidence(made.features(images())), made.heat(images())
+    # a cell's middle lies between the four middle pixels of its tile, and bilinear interpolation is exact there
+    tile = heat[..., 11:13, 19:21].mean(dim=(2, 3))
+    torch.testing.assert_close(tile, evidence[..., 1, 2], rtol=0.2, atol=0.2)
+    assert (heat.amax(dim=(2, 3)) <= evidence.amax(dim=(2, 3)) + 1e-5).all()
+
+
+def test_unknown_findings_count_for_nothing() -> None:
+    made = head(2, "findings")
+    features = made.features(images())
+    known = made.loss(features, torch.tensor([[1, -1], [0, -1]]))
+    logits = made.logits(features)[:, 0]
+    goal = torch.tensor([1.0, 0.0])
+    torch.testing.assert_close(known, torch.nn.functional.binary_cross_entropy_with_logits(logits, goal))
