@@ -32,14 +32,14 @@ RESULTS, PAGE = HERE / "results" / "detection", HERE.parent / "docs" / "detectio
 COMMAND = "python benchmarks/detection.py --data ../shared/data"
 # Public, as the images are, so that everyone gets the same split.
 KEY = "b7861e83395771c8ea8712c6646b31957dfe8963fa3d07a480c497c34f86c654"
-REPLICATES, THREADS = 1000, 2
+REPLICATES, THREADS = 1000, 1
 PRETRAIN = (
     "histology/simclr_resnet18",
     ("data.size=96", "views.crop=[0.1,0.4]", "train.max_steps=500", "train.batch_size=64"),
 )
 RECIPE = "histology/localization"
 OVERRIDES = ("data.size=[240,320]", "head.reducer=true", "data.workers=0", "stop.patience=0")
-STEPS = {"k=10": 120, "k=50": 200, "100%": 500}
+STEPS = {"k=10": 80, "k=50": 150, "100%": 400}
 SEEDS = {"k=10": 3, "k=50": 3, "100%": 1}
 PHANTOMS = {
     "weak boxes in X-ray phantoms": (

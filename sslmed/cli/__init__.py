@@ -312,10 +312,12 @@ def predict(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
     resample_tilt: Tilt = False,
     tta: Annotated[bool, typer.Option("--tta", help="Average over turned, mirrored or smaller images.")] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="Also draw heat maps, or masks, on the images.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Also draw heat maps, masks or boxes on the images.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Predict classes, findings or masks of images with a fine-tuned model."""
+    """Predict classes, findings, masks or boxes of images with a fine-tuned model."""
     from sslmed.commands.predict import predict as command
 
     show(command(model, source, out, resample_tilt=resample_tilt, tta=tta, explain=explain), as_json)
