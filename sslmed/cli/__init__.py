@@ -298,7 +298,7 @@ def finetune(
     resume: Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Train a classifier or a segmenter, from a pretrained backbone or not."""
+    """Train a classifier, a detector or a segmenter, from a pretrained backbone or not."""
     from sslmed.commands.finetune import finetune as command
 
     result = command(recipe, data, out, start=start, overrides=overrides or (), resume=resume)

@@ -1,4 +1,4 @@
-"""``sslmed finetune``: a backbone and a few labels or masks in, a model and its honest score out."""
+"""``sslmed finetune``: a backbone and a few labels, masks or boxes in, a model and its honest score out."""
 
 from collections.abc import Sequence
 from pathlib import Path

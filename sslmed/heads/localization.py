@@ -1,5 +1,6 @@
 """Localization: boxes around what is in an image, by an anchor-free detector on the backbone's maps (FCOS)."""
 
+import math
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -110,10 +111,17 @@ class Localization(Head):
             found = self._reduced(places, found)
         there = found.scores > 0
         score = found.scores.clamp(1e-6, 1 - 1e-6)
-        score = (score.logit() / self.temperature + self.offset).sigmoid() * there
+        score = (score.logit() / self.temperature + self.offset).sigmoid()
+        # equal scores may come out a rounding apart, for the ends of a tensor are computed otherwise than its bulk
+        score = score.sort(dim=1, descending=True).values * there
         boxes = found.boxes * there[..., None]
         kind = torch.where(there, found.classes, -1).to(boxes.dtype)
         return torch.cat([boxes, score[..., None], kind[..., None]], dim=-1)
+
+    @property
+    def stride(self) -> int:
+        """Of the coarsest map, pixels."""
+        return math.ceil(self.head.detector.pyramid.strides[-1])
 
     def metrics(self) -> tuple[str, ...]:
         return "map50", "map", "froc", "sensitivity_at_1"
@@ -186,21 +194,39 @@ def assigned(centres: torch.Tensor, strides: torch.Tensor, target: torch.Tensor)
         strides: (L,).
         target: (M, 5), class -1 of none.
     """
+    box = torch.full_like(strides, -1, dtype=torch.int64)
+    central = torch.zeros_like(strides)
     corners = target[:, :4].to(centres.dtype)
     middle, half = (corners[:, :2] + corners[:, 2:]) / 2, (corners[:, 2:] - corners[:, :2]) / 2
-    longer, stride = half.amax(dim=1), strides[:, None]
-    above = torch.where(stride == strides.min(), -torch.inf, SPAN / 2 * stride)
-    below = torch.where(stride == strides.max(), torch.inf, SPAN * stride)
-    grown = torch.maximum(half, stride[..., None] / 2)  # (L, M, 2)
-    away = (centres[:, None] - middle).abs()
-    takes = (away <= torch.minimum(grown, RADIUS * stride[..., None])).all(dim=-1)
-    takes &= (above < longer) & (longer <= below) & (target[:, 4] >= 0)
-    size = torch.where(takes, half.prod(dim=1), torch.inf)
-    smallest, box = size.min(dim=1)
-    reach, off = torch.maximum(half[box], stride), (centres - middle[box]).abs()
-    central = ((reach - off).clamp_min(0) / (reach + off)).prod(dim=1).sqrt()
-    there = smallest < torch.inf
-    return torch.where(there, box, -1), central * there
+    longer = half.amax(dim=1).masked_fill(target[:, 4] < 0, -1)
+    levels = strides.unique().tolist()
+    for stride in levels:  # one after another, with the boxes of each alone: all at once takes gigabytes
+        above = 0 if stride == levels[0] else SPAN / 2 * stride
+        below = math.inf if stride == levels[-1] else SPAN * stride
+        own = ((above < longer) & (longer <= below)).nonzero()[:, 0]
+        if not len(own):
+            continue
+        at = strides == stride
+        found, off = _nearby(centres[at], middle[own], half[own], stride)
+        there = found >= 0
+        taught = own[found.clamp_min(0)]
+        reach = half[taught].clamp_min(stride)
+        box[at] = torch.where(there, taught, -1)
+        central[at] = ((reach - off).clamp_min(0) / (reach + off)).prod(dim=1).sqrt() * there
+    return box, central
+
+
+def _nearby(
+    centres: torch.Tensor, middle: torch.Tensor, half: torch.Tensor, stride: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each place of a level the smallest box that it may teach, -1 for none; and how far off its middle it lies."""
+    takes = torch.ones(len(centres), len(middle), dtype=torch.bool, device=centres.device)
+    for axis in range(2):
+        reach = half[:, axis].clamp_min(stride / 2).clamp_max(RADIUS * stride)
+        takes &= (centres[:, axis, None] - middle[:, axis]).abs() <= reach
+    smallest, found = torch.where(takes, half.prod(dim=1), torch.inf).min(dim=1)
+    off = (centres - middle[found]).abs()
+    return torch.where(smallest < torch.inf, found, -1), off
 
 
 def focal_loss(logits: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,9 @@ from torch import nn
 from sslmed.config import UsageError
 from sslmed.heads.head import Head, HeadConfig, Kind, Maps, full
 from sslmed.models.backbones import Backbone
-from sslmed.models.pyramids import ChannelNorm, enlarged, neck
+from sslmed.models.pyramids import ChannelNorm, OneMap, enlarged
+
+NOTHING = frozenset({"0", "no", "none", "normal", "negative", "clear", "healthy", "no finding", "nothing"})
 
 
 class WeakLocalizationConfig(HeadConfig):
@@ -24,7 +26,8 @@ class WeakLocalizationConfig(HeadConfig):
         width: channels of the layer between that map and the evidence.
         sharpness: how near pooling is to the largest evidence of an image (r of ``pooled``); near 0 is the mean.
         share: of the range of an image's evidence from which on a place belongs to a box.
-        nothing: the class that means that there is nothing to box; of two classes the first one by default.
+        nothing: the class that means that there is nothing to box. By default the one that goes by a usual name for
+            that, such as 0, normal or clear; findings need none.
     """
 
     name: Literal["weak_localization"] = "weak_localization"
@@ -32,7 +35,7 @@ class WeakLocalizationConfig(HeadConfig):
     width: Annotated[int, Field(ge=8, le=1024)] = 128
     sharpness: Annotated[float, Field(gt=0, le=100)] = 10.0
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    nothing: str | None = None
+    nothing: str | int | None = None
 
 
 class WeakLocalization(Head):
@@ -58,13 +61,25 @@ class WeakLocalization(Head):
         self.located: tuple[int, ...] = tuple(range(classes))
 
     def named(self, classes: Sequence[str]) -> None:
-        nothing = self.config.nothing
-        if nothing is None and self.kind == "class" and len(classes) == 2:
-            nothing = classes[0]
-        if nothing is not None and (nothing not in classes or self.kind == "findings"):
-            allowed = ", ".join(classes) if self.kind == "class" else "none, as findings need no such class"
-            raise UsageError(f"head.nothing is {nothing!r}; allowed: {allowed}")
+        nothing = self.config.nothing if self.config.nothing is None else str(self.config.nothing)
+        usual = [name for name in classes if name.strip().lower() in NOTHING]
+        if self.kind == "findings":
+            if nothing is not None:
+                raise UsageError(f"head.nothing is {nothing!r}, but findings need no such class; remove it")
+        elif nothing is None and len(usual) == 1:
+            nothing = usual[0]
+        elif nothing not in classes:
+            given = "is missing" if nothing is None else f"is {nothing!r}"
+            raise UsageError(
+                f"head.nothing {given}: which class means that there is nothing to box? Allowed: {', '.join(classes)}"
+            )
         self.located = tuple(number for number, name in enumerate(classes) if name != nothing)
+
+    @property
+    def without_gradient(self) -> frozenset[str]:
+        """Also the backbone's behind the map that is read."""
+        behind = self.backbone.behind(self.head.map.number)
+        return super().without_gradient | {f"backbone.network.{name}" for name in behind}
 
     def evidence(self, features: Maps) -> torch.Tensor:
         """(N, classes, h, w), at least fp32; of a class that means nothing it is 0.
@@ -108,17 +123,15 @@ class _Evidence(nn.Module):
 
     def __init__(self, backbone: Backbone, classes: int, stride: float, width: int) -> None:
         super().__init__()
-        self.neck = neck(backbone.levels)
-        levels = self.neck.levels
-        self.level = min(range(len(levels)), key=lambda number: abs(math.log(levels[number].stride / stride)))
-        self.stride = float(levels[self.level].stride)
-        self.before = nn.Sequential(nn.Conv2d(levels[self.level].channels, width, 1), ChannelNorm(width), nn.ReLU())
+        self.map = OneMap(backbone.levels, stride)
+        self.stride = float(self.map.level.stride)
+        self.before = nn.Sequential(nn.Conv2d(self.map.level.channels, width, 1), ChannelNorm(width), nn.ReLU())
         self.classifier = nn.Conv2d(width, classes, 1)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type]
 
     def forward(self, maps: Maps) -> torch.Tensor:
-        found = self.before(self.neck(maps)[self.level])
+        found = self.before(self.map(maps))
         with torch.autocast(found.device.type, enabled=False):
             evidence: torch.Tensor = self.classifier(found.to(self.classifier.weight.dtype))
         return evidence

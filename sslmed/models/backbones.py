@@ -99,6 +99,19 @@ class Backbone(nn.Module):
             found = [network.fc_norm(each.movedim(1, -1)).movedim(-1, 1) for each in found]
         return found
 
+    def behind(self, level: int) -> frozenset[str]:
+        """Names of the parameters that the map of a level, counted from the finest, does not depend on.
+
+        All names where timm ends a level at a part without parameters, such as the stem of a ResNet.
+        """
+        stages = [*_stages(self.network).values()]
+        names = [name for name, _ in self.network.named_parameters()]
+        if len(stages) == 1:
+            return frozenset()
+        last = f"{cast(Any, self.network).feature_info[stages[level]]['module']}."
+        end = max((at for at, name in enumerate(names) if name.startswith(last)), default=-1)
+        return frozenset(names[end + 1 :])  # timm registers parts in the order in which they compute
+
     def early_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Maps of the first two stages, or of a plain ViT's first and third block; nothing behind is computed.
 

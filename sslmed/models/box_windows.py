@@ -7,7 +7,7 @@ from itertools import islice, pairwise, product
 import torch
 import torch.nn.functional as F
 
-from sslmed.models.boxes import nms
+from sslmed.models.boxes import nms_of_many
 
 SLACK = 1 / 8  # of a box's side that its middle may lie beyond a seam
 
@@ -44,7 +44,12 @@ def slide_boxes(
 
     Returns:
         On the CPU, by falling score; left, top, right, bottom in pixels of the image, and within it.
+
+    Raises:
+        ValueError: windows of less than two strides.
     """
+    if min(window) < 2 * stride:
+        raise ValueError(f"windows of {window[0]} x {window[1]} pixels leave gaps; they need two strides of {stride}")
     height, width = image.shape[1:]
     tops, lefts = (_starts(length, side, stride) for length, side in zip((height, width), window, strict=True))
     below, right = tops[-1] + window[0] - height, lefts[-1] + window[1] - width
@@ -67,7 +72,7 @@ def slide_boxes(
     limits = found.new_tensor([width, height, width, height])
     found[:, :4] = found[:, :4].clamp_min(0).minimum(limits)
     found = found[(found[:, 2:4] > found[:, :2]).all(dim=1)]
-    found = found[nms(found[:, :4], found[:, 4], found[:, 5].long(), suppress)]
+    found = found[nms_of_many(found[:, :4], found[:, 4], found[:, 5].long(), suppress)]
     return found[found[:, 4].argsort(descending=True, stable=True)]
 
 

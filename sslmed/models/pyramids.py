@@ -27,6 +27,34 @@ def neck(levels: Sequence[Level]) -> "Unchanged | SimpleFeaturePyramid":
     return SimpleFeaturePyramid(level.channels, level.stride, min(WIDTH, level.channels))
 
 
+class OneMap(nn.Module):
+    """One map of a pyramid, the one whose stride is nearest to what is asked for.
+
+    Args:
+        levels: the backbone's. Of a plain ViT's one map a branch of `SimpleFeaturePyramid` makes the map.
+        stride: pixels.
+
+    Attributes:
+        number: of the backbone's map that it is made of.
+        level: what comes out.
+    """
+
+    def __init__(self, levels: Sequence[Level], stride: float) -> None:
+        super().__init__()
+        self.number = min(range(len(levels)), key=lambda number: abs(math.log(levels[number].stride / stride)))
+        self.level, self.branch = levels[self.number], nn.Sequential()
+        if len(levels) == 1:
+            doublings = round(math.log2(self.level.stride / stride))
+            width = min(WIDTH, self.level.channels)
+            self.branch = _branch(self.level.channels, doublings, width)
+            self.level = Level(width, self.level.stride * 2.0**-doublings)
+
+    def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The map (N, channels, h, w) of the backbone's ``maps``."""
+        found: torch.Tensor = self.branch(maps[self.number])
+        return found
+
+
 class Unchanged(nn.Module):
     """Maps pass as they are."""
 

@@ -59,6 +59,7 @@ class Applied:
         shrunk_to: see ``HeadCard``.
         looks: test-time augmentation; by default the image alone.
         described: whether answers say what images look like.
+        locating: whether a head that locates gives its boxes too.
     """
 
     head: Head
@@ -69,6 +70,7 @@ class Applied:
     shrunk_to: int | None = None
     looks: tuple[Look, ...] = (Look(),)
     described: bool = False
+    locating: bool = False
 
     def __call__(self, images: Iterable[tuple[Pixels, Intensity]]) -> Iterator[Answer]:
         """Answers in the order of ``images``, which are (pixels as a store has them, intensity of their scan).
@@ -113,7 +115,7 @@ class Applied:
             if self.tiles:
                 return [_answer(one, labels=self._tiled(*image)) for one, image in zip(seen, images, strict=True)]
             scores = answered(self.head, inputs, self.looks)
-            if self.head.locates:
+            if self.locating:
                 return self._weak(images, inputs, seen, scores.double().cpu().numpy())
         if self.head.kind != "mask":
             return [_answer(one, scores=each) for one, each in zip(seen, scores, strict=True)]
@@ -129,7 +131,8 @@ class Applied:
         if self.tiles:
             each = [self._boxes_tiled(*image) for image in images]
         else:
-            boxes = found(self.head, inputs, self.looks, self.head.config.overlap).float().cpu().numpy()
+            config: Any = self.head.config
+            boxes = found(self.head, inputs, self.looks, config.overlap, config.detections).float().cpu().numpy()
             shapes = [pixels.shape[:2] for pixels, _ in images]
             each = [boxes_on(one, shape, self.size) for one, shape in zip(boxes, shapes, strict=True)]
         return [Answer(one, np.empty(0), boxes=own) for one, own in zip(seen, each, strict=True)]
@@ -155,11 +158,12 @@ class Applied:
 
     def _boxes_tiled(self, pixels: Pixels, intensity: Intensity) -> Found:
         image, (height, width) = self._at_own_resolution(pixels, intensity)
-        suppress, stride = self.head.config.overlap, max(level.stride for level in self.head.backbone.levels)
+        head: Any = self.head
+        suppress, most = head.config.overlap, head.config.detections
         predict: Callable[[torch.Tensor], torch.Tensor] = lambda tiles: found(  # noqa: E731
-            self.head, tiles.to(self._device), self.looks, suppress
+            head, tiles.to(self._device), self.looks, suppress, most
         )
-        rows = slide_boxes(image, sides(self.size), predict, stride=int(stride), suppress=suppress, batch=TILES)
+        rows = slide_boxes(image, sides(self.size), predict, stride=head.stride, suppress=suppress, batch=TILES)
         scale = np.array([width / image.shape[2], height / image.shape[1]] * 2, np.float32)
         return _found(rows.numpy()[:, :4] * scale, rows.numpy(), (height, width))
 

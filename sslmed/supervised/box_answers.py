@@ -42,14 +42,14 @@ def objects(answered: Answered, model: Model) -> tuple[Object, ...]:
 
 def cells(answered: Answered, model: Model, there: Sequence[Object]) -> dict[str, Any]:
     """Of each class with boxes how many objects are there, and the highest score of any box, blank without one."""
-    names, classes = model.about.classes, _boxed(model)
+    names = model.boxed
     counts = Counter(each.label for each in there)
     best: dict[int, float] = {}
     for found in answered.found:
         for label, score in zip(found.classes.tolist(), found.scores.tolist(), strict=True):
             best[label] = max(score, best.get(label, 0.0))
-    highest = {f"highest:{names[label]}": f"{best[label]:.6f}" if label in best else "" for label in classes}
-    return {f"boxes:{names[label]}": counts[label] for label in classes} | highest
+    highest = {f"highest:{name}": f"{best[label]:.6f}" if label in best else "" for label, name in names.items()}
+    return {f"boxes:{name}": counts[label] for label, name in names.items()} | highest
 
 
 def boxes_on(answered: Answered, model: Model, shown: Sequence[tuple[Pixels, Intensity]]) -> Pixels:
@@ -66,7 +66,7 @@ def boxes_on(answered: Answered, model: Model, shown: Sequence[tuple[Pixels, Int
     picture = as_shown(scan, unit(*shown[most], model.card.slices))
     down, across = (False, False) if scan.kind == "volume" else scan.flipped[1:]
     corners = Boxes(found.xyxy, found.classes).flipped((picture.shape[0], picture.shape[1]), down, across).xyxy
-    names = [model.about.classes[label] for label in found.classes.tolist()]
+    names = [model.boxed[label] for label in found.classes.tolist()]
     words = [f"{name} {score:.2f}" for name, score in zip(names, found.scores.tolist(), strict=True)]
     return overlay_boxes(picture, corners, found.classes, words)
 
@@ -83,7 +83,7 @@ class BoxFiles:
     def __init__(self, model: Model) -> None:
         self.scans, self.holding = 0, 0
         self.counts: Counter[str] = Counter()
-        self._about, self._backbone = model.about, model.card.backbone.name
+        self._about, self._backbone, self._names = model.about, model.card.backbone.name, model.boxed
         self._lines: list[dict[str, Any]] = []
         self._images: list[dict[str, Any]] = []
         self._annotations: list[dict[str, Any]] = []
@@ -92,7 +92,7 @@ class BoxFiles:
         """Take a scan and its `objects`."""
         self.scans += 1
         self.holding += bool(there)
-        self.counts.update(self._about.classes[each.label] for each in there)
+        self.counts.update(self._names[each.label] for each in there)
         first = len(self._images) + 1
         self._list(answered)
         for number, each in enumerate(there, start=1):
@@ -116,7 +116,7 @@ class BoxFiles:
         weak = self._about.weak
         said = f"{WEAK}, found" if weak else "boxes found"
         info = {"description": f"{said} by sslmed {__version__} {self._about.name} on {self._backbone}", "weak": weak}
-        classes = [{"id": number, "name": name} for number, name in enumerate(self._about.classes, start=1)]
+        classes = [{"id": label + 1, "name": name} for label, name in self._names.items()]
         content = {"info": info, "images": self._images, "annotations": self._annotations, "categories": classes}
         write_json(folder / COCO, content)
 
@@ -159,7 +159,7 @@ class BoxFiles:
             numbers |= {"width_mm": (right - left) * across, "height_mm": (bottom - top) * down}
         if scan.spacing is not None and scan.kind == "volume":
             numbers["depth_mm"] = (last - first + 1) * scan.spacing[0]
-        line = {"file": answered.name, "part": scan.part, "class": self._about.classes[each.label]}
+        line = {"file": answered.name, "part": scan.part, "class": self._names[each.label]}
         line |= {"score": f"{each.score:.6f}", "weak": "yes" if self._about.weak else "no"}
         if scan.kind != "image":
             line |= {"slice_first": str(first), "slice_last": str(last)}
@@ -189,9 +189,3 @@ def _turns(scan: Scan) -> tuple[bool, bool, bool]:
 def _size(scan: Scan) -> tuple[int, int]:
     shape = scan.pixels.shape
     return (shape[0], shape[1]) if scan.kind == "image" else (shape[1], shape[2])
-
-
-def _boxed(model: Model) -> tuple[int, ...]:
-    """Numbers of the classes that there can be boxes of."""
-    head: Any = model.applied.head
-    return tuple(head.located) if head.locates else tuple(range(len(model.about.classes)))

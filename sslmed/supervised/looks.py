@@ -79,12 +79,17 @@ def answered(
 
 
 def found(
-    predict: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, seen: Iterable[Look], suppress: float
+    predict: Callable[[torch.Tensor], torch.Tensor],
+    images: torch.Tensor,
+    seen: Iterable[Look],
+    suppress: float,
+    most: int,
 ) -> torch.Tensor:
-    """The boxes (N, most, 6) of all looks at the images together, after suppression; by falling score, class -1 last.
+    """The boxes (N, D, 6) of all looks at the images together, after suppression; by falling score, class -1 last.
 
     Args:
         suppress: of two boxes of a class with a greater IoU the one of the lower score goes.
+        most: D at most.
     """
     size = (images.shape[2], images.shape[3])
     parts = [look.boxes_back(predict(look.there(images)), size) for look in seen]
@@ -96,7 +101,7 @@ def found(
     apart = torch.where(real[..., None], boxes, boxes.new_tensor([0.0, 0.0, 1.0, 1.0]))  # suppression wants areas
     stays = nms(apart, scores, classes.long(), suppress) & real
     kept = torch.where(stays[..., None], together, together.new_tensor([0.0, 0.0, 0.0, 0.0, 0.0, -1.0]))
-    order = kept[..., 4].argsort(dim=1, descending=True, stable=True)
+    order = kept[..., 4].argsort(dim=1, descending=True, stable=True)[:, :most]
     return kept.gather(1, order[..., None].expand_as(kept))
 
 

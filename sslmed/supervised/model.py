@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from sslmed.image_size import sides
 from sslmed.models.backbones import Backbone
 from sslmed.supervised.applying import Applied
 from sslmed.supervised.looks import looks
+from sslmed.supervised.weak_boxes import names_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,15 @@ class Model:
         if cuts is not None and len(scores) == 2:
             return (self.about.classes[int(scores[1] >= cuts[1])],)
         return (self.about.classes[int(scores.argmax())],)
+
+    @property
+    def boxed(self) -> dict[int, str]:
+        """The classes that there can be boxes of: their numbers, and what boxes of them are called."""
+        head: Any = self.applied.head
+        if not head.locates:
+            return dict(enumerate(self.about.classes))
+        names = names_of(self.about.classes, self.about.target)
+        return {number: names[number] for number in head.located}
 
     def kept(self, found: Found) -> Found:
         """The boxes that reach the threshold of their class."""
@@ -85,5 +96,6 @@ def load(path: str | Path) -> Model:
         config.tiles,
         about.shrunk_to,
         described=known is not None,
+        locating=head.locates,
     )
     return Model(card, about, applied, None if known is None else Familiarity.from_tensors(known))

@@ -20,7 +20,7 @@ def markdown(task: Task, tested: Tested, settled: Settled) -> str:
     if tested.by_class:
         parts += ["## By class", _by(tested.by_class, tested.unit)]
     for name, scores in tested.others.items():
-        parts += [f"## {name.capitalize()}", _by({"all": scores}, tested.unit)]
+        parts += [f"## {name[:1].upper() + name[1:]}", _by({"all": scores}, tested.unit)]
     for column in dict.fromkeys(group.column for group in tested.subgroups):
         groups = {
             f"{group.name} ({group.images} of {group.patients} patients)": group.scores

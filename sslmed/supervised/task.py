@@ -175,8 +175,9 @@ def _check(store: Store, target: Target, train: Rows, val: Rows, test: Rows) -> 
                 f"{REMEDY}"
             )
     elif target.kind == "boxes":
-        if not presence[val].any():
-            raise DataError(f"the val patients of {store.path} have no box; early stopping needs some.\n{REMEDY}")
+        for side, judges, what in (("val", val, "early stopping"), ("test", test, "an honest score")):
+            if not presence[judges].any():
+                raise DataError(f"the {side} patients of {store.path} have no box; {what} needs some.\n{REMEDY}")
     elif not _two_sided(target, val):
         raise DataError(
             f"the val patients of {store.path} show fewer than two classes of '{target.name}'; "

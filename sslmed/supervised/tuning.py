@@ -20,6 +20,8 @@ from sslmed.distributed import agree, together, world_size
 from sslmed.evaluation import familiarity
 from sslmed.heads import HEADS
 from sslmed.heads.head import Head
+from sslmed.image_size import ImageSize, in_words, sides
+from sslmed.models.backbones import in_timm
 from sslmed.recipe import FinetuneRecipe, changes, dump, load_finetune
 from sslmed.run import Run
 from sslmed.supervised.applying import Applied
@@ -82,11 +84,22 @@ def prepare(recipe: FinetuneRecipe, store: Store, source: str | Path) -> Job:
     kind = HEADS[settings.head.name]  # type: ignore[attr-defined]
     head = kind(settings.head, begun.start.backbone, len(task.target.classes), task.target.kind)
     head.named(task.target.classes)
+    if task.tiles and task.target.kind == "boxes":
+        _refuse_small_tiles(head, settings.data.size)
     if head.config.weighted:
         head.balance(_counts(task))
     head.prepare(settings.optim, settings.train.batch_size, settings.train.total_steps(len(task.train)), 0)
     applied = Applied(head, task.policy, settings.data.size, task.channels, task.tiles, task.shrunk_to)
     return Job(settings, begun, task, head, _scorer(task, applied))
+
+
+def _refuse_small_tiles(head: Any, size: ImageSize) -> None:
+    least = 2 * head.stride
+    if min(sides(size)) < least:
+        raise UsageError(
+            f"data.size is {in_words(size)}, but tiles for boxes need at least {least} pixels a side, two strides of "
+            f"{in_timm(head.backbone.network)}; give a larger one, or head.input=whole"
+        )
 
 
 def _scorer(task: Task, applied: Applied) -> Scorer:

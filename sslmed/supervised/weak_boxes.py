@@ -11,6 +11,11 @@ FLAT = 1e-4  # logits: evidence of less range than this tells no place from anot
 Floats = npt.NDArray[np.float32]
 
 
+def names_of(classes: Sequence[str], target: str) -> tuple[str, ...]:
+    """What boxes of the classes are called: those of a 0/1 column by its name, others by their own."""
+    return ("0", target) if tuple(classes) == ("0", "1") else tuple(classes)
+
+
 def boxes_around(evidence: Floats, chances: npt.NDArray[np.float64], located: Sequence[int], share: float) -> Floats:
     """Boxes (n, 6), left, top, right, bottom in pixels of the map, score, class; by falling score.
 

@@ -13,7 +13,9 @@ from sslmed.evaluation import detections, protocol
 from sslmed.evaluation.detections import Detected, Found
 from sslmed.supervised.box_scoring import write_curve
 from sslmed.supervised.scoring import REPLICATES, LabelScorer, Tested, images, triples
+from sslmed.supervised.weak_boxes import names_of
 
+FOLDER = "weak"  # of the run, for what is kept of the boxes
 WEAK = "weak boxes, from class labels alone"
 
 
@@ -27,6 +29,8 @@ class WeakScorer(LabelScorer):
         notes = (*tested.notes, said)
         if found is None:
             return replace(tested, notes=notes)
+        run = run / FOLDER
+        run.mkdir(exist_ok=True)
         found.write(run)
         weights = protocol.bootstrap_weights(found.patient, REPLICATES, seed=0)
         values = triples(found, detections.measures(found.classes), weights)
@@ -42,7 +46,8 @@ class WeakScorer(LabelScorer):
         """What was found on the test images whose boxes are known, and what to tell of it."""
         task, head = self.task, self.applied.head
         located: tuple[int, ...] = head.located  # type: ignore[assignment]  # torch.nn types it as a module
-        names = {number: task.target.classes[number] for number in located}
+        called = names_of(task.target.classes, task.target.name)
+        names = {number: called[number] for number in located}
         try:
             truth = targets.boxes(task.store)
         except DataError:
@@ -57,7 +62,7 @@ class WeakScorer(LabelScorer):
         its = {number: at for at, number in enumerate(numbers.values())}
         own = {label: at for at, label in enumerate(numbers)}
         boxes = [_renumbered(truth.of(row, task.store), its) for row in rows.tolist()]
-        answers = self.applied(images(task, rows))
+        answers = replace(self.applied, locating=True)(images(task, rows))
         found = [_found(answer.boxes, own) for answer in answers]
         classes = tuple(names[label] for label in numbers)
         detected = Detected(rows, task.store.patients(rows), tuple(boxes), tuple(found), classes)

@@ -32,6 +32,7 @@ SETTINGS = (
 )
 # everything that draws, counts or averages
 LABELS = ("head.hidden=16", "head.dropout=0.2", "head.mixup=0.4", "head.balance=sampling", "train.accumulate=2")
+BOXES = ("head.reducer=true", "head.width=16", "head.frozen=1")
 MASKS = ("head.input=tiles", "head.balance=weights", "head.frozen=1")
 
 
@@ -60,9 +61,10 @@ def kill_after_check(run: Path, step: int, process: BaseProcess) -> None:
     raise AssertionError(f"the run ended or hung before step {step}, exit code {process.exitcode}")
 
 
-@pytest.mark.parametrize("task", ["classification", "segmentation"])
+@pytest.mark.parametrize("task", ["classification", "segmentation", "localization"])
 def test_two_kills_leave_no_trace(task: str, phantom_store: Store, shapes: Store, tmp_path: Path) -> None:
-    store, more = (phantom_store, LABELS) if task == "classification" else (shapes, MASKS)
+    more = {"classification": LABELS, "segmentation": MASKS, "localization": BOXES}[task]
+    store = phantom_store if task == "classification" else shapes
     settings, recipe = (*SETTINGS, *more), f"xray/{task}"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = start(store, whole, settings, False, recipe)

@@ -395,3 +395,13 @@ def test_an_exported_detector_says_the_same(reducer: bool, monkeypatch: pytest.M
             expected = head(given)
             assert (expected[..., 5] >= 0).sum() > 5 * len(given)
             torch.testing.assert_close(program.module()(given), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_equal_scores_stay_in_order_whatever_the_place_in_the_tensor() -> None:
+    """A sigmoid of the same number differs by a rounding between the bulk of a tensor and its end."""
+    head = detection.detector(side=128, width=8, depth=1).eval()
+    for bias in torch.linspace(-5, 1, 60).tolist():
+        with torch.no_grad():
+            head.head.detector.classes.bias.fill_(bias)
+            scores = head(torch.zeros(1, 1, 128, 128))[0, :, 4]
+        assert (scores[:-1] >= scores[1:]).all()

@@ -58,22 +58,40 @@ def test_of_two_classes_the_first_is_nothing_and_has_no_evidence() -> None:
     torch.testing.assert_close(logits[:, 1], pooled(evidence, 10.0)[:, 1])
 
 
-def test_the_class_that_is_nothing_can_be_named() -> None:
-    made = head(3, nothing="normal")
-    made.named(("edema", "mass", "normal"))
-    assert made.located == (0, 1)
-    with pytest.raises(UsageError, match=r"head.nothing is 'normal'; allowed: a, b, c"):
-        made.named(("a", "b", "c"))
+@pytest.mark.parametrize(
+    ("classes", "given", "located"),
+    [
+        (("edema", "mass", "normal"), None, (0, 1)),
+        (("effusion", "Normal"), None, (0,)),
+        (("0", "1"), None, (1,)),
+        (("0", "1"), 1, (0,)),
+        (("a", "b", "c"), "b", (0, 2)),
+    ],
+)
+def test_the_class_that_is_nothing(classes: tuple[str, ...], given: str | int | None, located: tuple[int, ...]) -> None:
+    made = head(len(classes), nothing=given)
+    made.named(classes)
+    assert made.located == located
 
 
-def test_three_classes_and_findings_are_all_located() -> None:
-    made = head(3)
-    made.named(("a", "b", "c"))
-    assert made.located == (0, 1, 2)
+@pytest.mark.parametrize(
+    ("classes", "given", "message"),
+    [
+        (("benign", "malignant"), None, r"head.nothing is missing: .* Allowed: benign, malignant"),
+        (("clear", "normal", "mass"), None, "head.nothing is missing"),
+        (("a", "b"), "normal", "head.nothing is 'normal'"),
+    ],
+)
+def test_a_class_that_is_nothing_must_be_known(classes: tuple[str, ...], given: str | None, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        head(len(classes), nothing=given).named(classes)
+
+
+def test_findings_need_no_class_that_is_nothing() -> None:
     made = head(2, "findings")
-    made.named(("a", "b"))
+    made.named(("a", "normal"))
     assert made.located == (0, 1)
-    with pytest.raises(UsageError, match="none, as findings need no such class"):
+    with pytest.raises(UsageError, match="findings need no such class"):
         head(2, "findings", nothing="a").named(("a", "b"))
 
 

@@ -281,3 +281,16 @@ def test_dropout_of_a_frozen_block_is_off() -> None:
 def test_more_layers_than_there_are_cannot_be_frozen(count: int) -> None:
     with pytest.raises(UsageError, match=rf"{count} layers.*has 7; give 0 to 7, or all"):
         build(BackboneConfig(name="test_vit"), 64, 0).freeze(count)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "convnext_atto", "test_vit", "tf_efficientnet_lite0"])
+def test_what_lies_behind_a_map(name: str) -> None:
+    backbone = build(BackboneConfig(name=name), 64, 0)
+    for level, found in enumerate(backbone.maps(torch.randn(2, 1, 64, 64))):
+        named = dict(backbone.network.named_parameters())
+        gradients = torch.autograd.grad(found.square().sum(), [*named.values()], allow_unused=True, retain_graph=True)
+        without = {key for key, each in zip(named, gradients, strict=True) if each is None}
+        if (name, level) == ("test_resnet", 0):  # it ends at an activation, which has no parameters
+            assert backbone.behind(level) == named.keys()
+        else:
+            assert backbone.behind(level) == without

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sslmed.models.boxes import giou_loss, iou, nms
+from sslmed.models.boxes import giou_loss, iou, nms, nms_of_many
 
 Box = tuple[float, float, float, float]
 SOME = settings(max_examples=60, deadline=None)
@@ -85,6 +85,19 @@ def test_suppression_along_a_chain_takes_as_many_rounds_as_boxes() -> None:
     scores = torch.arange(31, 0, -1, dtype=torch.float32)
     kept = nms(tensor(chain), scores, torch.zeros(31, dtype=torch.int64), 0.3)
     assert kept.tolist() == [number % 2 == 0 for number in range(31)]
+
+
+@SOME
+@given(st.integers(0, 2**31), st.sampled_from([3, 7, 64]))
+def test_suppression_of_many_is_the_same(seed: int, block: int) -> None:
+    stream = torch.Generator().manual_seed(seed)
+    corners = torch.rand(40, 2, generator=stream) * 8
+    boxes = torch.cat([corners, corners + 1 + torch.rand(40, 2, generator=stream) * 4], dim=-1)
+    scores = torch.randint(0, 9, (40,), generator=stream) / 8
+    classes = torch.randint(0, 2, (40,), generator=stream)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sslmed.models.boxes._BLOCK", block)
+        assert torch.equal(nms_of_many(boxes, scores, classes, 0.3), nms(boxes, scores, classes, 0.3))
 
 
 def test_suppression_of_a_batch_is_that_of_each_image() -> None:

@@ -73,8 +73,7 @@ class Bright(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
         self.config = LocalizationConfig()
-        self.backbone = nn.Module()
-        self.backbone.levels = (type("Level", (), {"stride": stride}),)  # type: ignore[assignment]
+        self.stride = stride
         self.locates = False
         self.sizes: list[tuple[int, ...]] = []
 

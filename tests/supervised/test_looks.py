@@ -115,7 +115,7 @@ def test_all_looks_together_say_each_box_once() -> None:
         [painted((16, 16), (1, 2, 6, 9), (8, 3, 12, 15)), painted((16, 16)), painted((16, 16), (0, 0, 4, 5))]
     )
     alone = finder(images)
-    together = found(finder, images, EVERY, 0.6)
+    together = found(finder, images, EVERY, 0.6, 100)
     assert together.shape == (3, 4 * len(EVERY), 6)
     torch.testing.assert_close(together[:, :4], alone, rtol=0, atol=1e-5)
     assert (together[:, 4:] == torch.tensor(NONE)).all()
@@ -123,7 +123,7 @@ def test_all_looks_together_say_each_box_once() -> None:
 
 def test_one_look_says_what_the_network_says() -> None:
     images = painted((16, 16), (1, 2, 6, 9))
-    assert torch.equal(found(finder, images, [Look()], 0.6), finder(images))
+    assert torch.equal(found(finder, images, [Look()], 0.6, 100), finder(images))
 
 
 def test_of_looks_that_differ_the_better_score_of_each_place_and_class_stays() -> None:
@@ -139,6 +139,6 @@ def test_of_looks_that_differ_the_better_score_of_each_place_and_class_stays() -
         rows = torch.tensor([said[len(looked) - 1]])
         return rows if len(looked) == 1 else Look(mirrored=True).boxes_back(rows, (16, 16))
 
-    together = found(predict, painted((16, 16)), [Look(), Look(mirrored=True)], 0.6)
+    together = found(predict, painted((16, 16)), [Look(), Look(mirrored=True)], 0.6, 100)
     expected: list[Any] = [said[1][0], said[1][1], said[0][1], said[1][2], NONE, NONE]
     torch.testing.assert_close(together[0], torch.tensor(expected))

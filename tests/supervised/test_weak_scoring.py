@@ -7,6 +7,7 @@ import pytest
 
 from sslmed.commands.finetune import finetune
 from sslmed.commands.ingest import ingest
+from sslmed.config import UsageError
 from sslmed.data.annotations.boxes import Boxes
 from sslmed.data.phantoms import write_phantoms
 from sslmed.data.store import Store
@@ -55,7 +56,7 @@ def test_a_run_has_both_scores_and_says_that_boxes_are_weak(store: Path, tmp_pat
     assert WEAK.capitalize() in (tmp_path / "run" / "test_scores.md").read_text()
     assert type(done).from_dict(done.as_dict()) == done
 
-    found = detections.read(tmp_path / "run")
+    found = detections.read(tmp_path / "run" / "weak")
     opened = Store(store)
     assert found.classes == ("nodule",)
     for row, truth in zip(found.row.tolist(), found.truth, strict=True):
@@ -71,4 +72,10 @@ def test_without_boxes_the_labels_are_scored_alone(phantom_store: Store, tmp_pat
     done = finetune("xray/weak_localization", phantom_store.path, tmp_path / "run", overrides=SMALL)
     assert not done.others
     assert any("could not be scored: the store has no boxes" in note for note in done.notes)
-    assert not (tmp_path / "run" / detections.NAME).exists()
+    assert not (tmp_path / "run" / "weak").exists()
+
+
+def test_a_class_that_means_nothing_must_be_told(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"head.nothing is 'normal'.*Allowed: clear, nodule"):
+        finetune("xray/weak_localization", store, tmp_path / "run", overrides=[*SMALL, "head.nothing=normal"])
+    assert not (tmp_path / "run").exists()

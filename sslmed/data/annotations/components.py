@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from sslmed.data.annotations.boxes import Boxes
+from sslmed.data.annotations.boxes import KEPT_SIDE, Boxes
 from sslmed.data.annotations.mask_values import VOID
 
 
@@ -11,6 +11,7 @@ def boxes_around(mask: npt.NDArray[np.uint8]) -> Boxes:
     """The boxes around the connected components of each class of a mask, ordered by class, then from the top.
 
     Pixels of one class hang together where they touch, at a corner too. Objects that touch each other become one box.
+    Pieces narrower than 2 pixels, as a brush leaves them behind, get none.
 
     Args:
         mask: (H, W), class numbers, 0 the background, 255 what counts for nothing.
@@ -26,6 +27,8 @@ def boxes_around(mask: npt.NDArray[np.uint8]) -> Boxes:
     for number in present.tolist():
         pieces, _ = label(mask == number, structure=np.ones((3, 3)))
         for down, across in find_objects(pieces):
+            if min(down.stop - down.start, across.stop - across.start) < KEPT_SIDE:
+                continue
             corners.append((across.start, down.start, across.stop, down.stop))
             classes.append(number - 1)
     return Boxes(np.array(corners, np.float32).reshape(-1, 4), np.array(classes, np.int16))
