@@ -24,8 +24,8 @@ def free_response(by_class: Mapping[str, tuple[Floats, Floats]], mean: tuple[Flo
     rates, sensitivity, low, high = mean
     axis.fill_between(rates, low, high, color="0.85", step="post", label="95 % band of the mean")
     if len(by_class) > 1:
-        for name, (at, found) in by_class.items():
-            axis.step(at, found, where="post", linewidth=1.2, label=name)
+        for name, (at, found) in by_class.items():  # the last sensitivity holds, however many more are false
+            axis.step([*at, max(at[-1], TICKS[-1])], [*found, found[-1]], where="post", linewidth=1.2, label=name)
     axis.step(rates, sensitivity, where="post", color="black", linewidth=2, label="mean" if len(by_class) > 1 else "")
     axis.set_xscale("log", base=2)
     axis.set(xlim=(TICKS[0], TICKS[-1]), ylim=(0, 1.02), xlabel="false positives an image", ylabel="sensitivity")
