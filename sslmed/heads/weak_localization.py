@@ -14,6 +14,8 @@ from sslmed.heads.head import Head, HeadConfig, Kind, Maps, full
 from sslmed.models.backbones import Backbone
 from sslmed.models.pyramids import ChannelNorm, OneMap, enlarged
 
+FINER = 4.0  # pixels, the stride of the map that is looked through
+HEATED = 4  # images whose gradients are held at once
 NOTHING = frozenset({"0", "no", "none", "normal", "negative", "clear", "healthy", "no finding", "nothing"})
 
 
@@ -25,7 +27,7 @@ class WeakLocalizationConfig(HeadConfig):
             places better apart, a coarser one sees more around each.
         width: channels of the layer between that map and the evidence.
         sharpness: how near pooling is to the largest evidence of an image (r of ``pooled``); near 0 is the mean.
-        share: of the range of an image's evidence from which on a place belongs to a box.
+        share: of the range of an image's heat from which on a place belongs to a box.
         nothing: the class that means that there is nothing to box. By default the one that goes by a usual name for
             that, such as 0, normal or clear; findings need none.
     """
@@ -39,10 +41,10 @@ class WeakLocalizationConfig(HeadConfig):
 
 
 class WeakLocalization(Head):
-    """A classifier whose last map is the evidence for each class at each place: its class-activation map itself.
+    """A classifier whose last map is the evidence for each class at each place, pooled by log-sum-exp.
 
-    Zhou et al., arXiv 1512.04150, on the finest map of a feature pyramid, pooled as in ChestX-ray8 (Wang et al., arXiv
-    1705.02315, section 4.1) by log-sum-exp instead of the mean, for findings are small.
+    As in ChestX-ray8 (Wang et al., arXiv 1705.02315, section 4.1), for findings are small. Boxes come from a
+    class-activation map of its logits, ``heat``.
 
     Attributes:
         located: numbers of the classes that boxes are laid around.
@@ -108,11 +110,27 @@ class WeakLocalization(Head):
         return logits.softmax(dim=1) if self.kind == "class" else logits.sigmoid()
 
     def heat(self, images: torch.Tensor) -> torch.Tensor:
-        """The evidence (N, classes, H, W) at the resolution of images (N, C, H, W), bilinear.
+        """Which places of images (N, C, H, W) speak for each class: (N, classes, H, W), at least 0.
 
-        A cell may come to answer for what lies anywhere in its sight, so that boxes may be off by a stride or so.
+        A finer map of the backbone times the gradient of a logit with respect to it, summed over channels
+        (HiResCAM: Draelos & Carin, arXiv 2011.08891), averaged over 3 x 3 cells, enlarged. The evidence itself would
+        not do: a cell of it may come to answer for what lies anywhere in its sight, and be off by more than a finding
+        is wide. Gradients and modes are left as they were.
         """
-        return enlarged(self.evidence(self.features(images)), self.head.stride, images.shape[-2:])
+        return torch.cat([self._heat(few) for few in images.split(HEATED)])
+
+    def _heat(self, images: torch.Tensor) -> torch.Tensor:
+        number = self.head.finer
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+            given = images.clone().requires_grad_()
+            maps = self.backbone.maps(given)
+            logits = self.logits([given, *maps])
+            planes = [torch.zeros_like(maps[number][:, 0])] * self.classes
+            for label in self.located:
+                (gradient,) = torch.autograd.grad(logits[:, label].sum(), maps[number], retain_graph=True)
+                planes[label] = F.relu((gradient * maps[number]).sum(dim=1)).detach()
+        heat = F.avg_pool2d(torch.stack(planes, dim=1), 3, stride=1, padding=1, count_include_pad=False)
+        return enlarged(heat.detach(), self.backbone.levels[number].stride, images.shape[-2:])
 
     def metrics(self) -> tuple[str, ...]:
         return "auroc", "average_precision", "balanced_accuracy", "ece", "brier"
@@ -124,7 +142,8 @@ class _Evidence(nn.Module):
     def __init__(self, backbone: Backbone, classes: int, stride: float, width: int) -> None:
         super().__init__()
         self.map = OneMap(backbone.levels, stride)
-        self.stride = float(self.map.level.stride)
+        strides = [level.stride for level in backbone.levels[: self.map.number + 1]]
+        self.finer = min(range(len(strides)), key=lambda number: abs(math.log(strides[number] / FINER)))
         self.before = nn.Sequential(nn.Conv2d(self.map.level.channels, width, 1), ChannelNorm(width), nn.ReLU())
         self.classifier = nn.Conv2d(width, classes, 1)
         nn.init.normal_(self.classifier.weight, std=0.01)

@@ -105,13 +105,29 @@ def test_evidence_is_read_at_the_stride_that_is_asked_for(network: str, stride: 
     assert made.heat(images()).shape == (2, 2, SIDE, SIDE)
 
 
-def test_heat_is_the_evidence_at_its_place() -> None:
-    made = head(stride=8)
-    evidence, heat = made.evidence(made.features(images())), made.heat(images())
-    # a cell's middle lies between the four middle pixels of its tile, and bilinear interpolation is exact there
-    tile = heat[..., 11:13, 19:21].mean(dim=(2, 3))
-    torch.testing.assert_close(tile, evidence[..., 1, 2], rtol=0.2, atol=0.2)
-    assert (heat.amax(dim=(2, 3)) <= evidence.amax(dim=(2, 3)) + 1e-5).all()
+def test_heat_is_the_activation_times_its_gradient() -> None:
+    made = head()
+    made.named(("clear", "nodule"))
+    shown = images()
+    maps = made.backbone.maps(shown)
+    assert made.backbone.levels[made.head.finer].stride == 4
+    finer = maps[made.head.finer].detach()
+
+    def logit(cells: torch.Tensor) -> torch.Tensor:
+        """The rest of the network, from the map of stride 4 to the one that is read."""
+        deeper = made.backbone.network.layer2(cells)
+        return pooled(made.head.classifier(made.head.before(deeper)), 10.0)[:, 1].sum()
+
+    slope = torch.autograd.functional.jacobian(logit, finer)
+    plane = (slope * finer).sum(dim=1).relu()
+    smooth = torch.stack([plane[:, a : a + 3, b : b + 3].mean(dim=(1, 2)) for a in range(6) for b in range(6)], dim=1)
+    heat = made.heat(shown)
+    assert not heat[:, 0].any()
+    inner = torch.nn.functional.interpolate(heat[:, 1:], scale_factor=0.25, mode="bilinear")[:, 0, 1:-1, 1:-1]
+    assert torch.corrcoef(torch.stack([inner.flatten(), smooth.flatten()]))[0, 1] > 0.98
+    assert all(parameter.grad is None for parameter in made.parameters())
+    with torch.inference_mode():
+        assert torch.equal(made.heat(shown), heat)
 
 
 def test_unknown_findings_count_for_nothing() -> None:
