@@ -256,7 +256,9 @@ Written by `{COMMAND}`; do not edit.
 Each cell is one `sslmed finetune`; the start is all that differs between arms. Values are means over seeds (label draw,
 head and training) on test images, with 95 % intervals by {REPLICATES} bootstrap replicates of test patients;
 differences are paired. `k=10` is ten train images. Early stopping and calibration read all val images, on top of the
-budget, for every start alike. Pretraining had one seed. Measures: [boxes](evaluation.md#metrics-of-boxes).
+budget, for every start alike. Intervals cover the choice of test patients, not that of
+labels: the sd of seeds shows how far draws lie apart. Pretraining had one seed.
+Measures: [boxes](evaluation.md#metrics-of-boxes).
 
 {chr(10).join(sections)}"""
 
