@@ -234,6 +234,6 @@ def test_default_budgets() -> None:
     assert default_budgets(199) == "k=1,k=5,k=10,100%"
     assert default_budgets(200) == "1%,10%,100%"
     assert default_budgets(20, drawn=True) == "k=5,k=20,100%"
-    for wanted in ((50, {}), (5000, {}), (50, {"masks": True})):
+    for wanted in ((50, {}), (5000, {}), (50, {"drawn": True})):
         options: dict[str, Any] = wanted[1]
         assert parse(default_budgets(wanted[0], **options))
