@@ -54,7 +54,7 @@ def slide_boxes(
     tops, lefts = (_starts(length, side, stride) for length, side in zip((height, width), window, strict=True))
     below, right = tops[-1] + window[0] - height, lefts[-1] + window[1] - width
     padded = F.pad(image[None], (0, right, 0, below), mode="replicate")[0]
-    rows, columns = _seams(tops, window[0], height), _seams(lefts, window[1], width)
+    rows, columns = _seams(tops, window[0]), _seams(lefts, window[1])
     corners = iter(product(range(len(tops)), range(len(lefts))))
     parts: list[torch.Tensor] = []
     while taken := [*islice(corners, batch)]:
@@ -82,7 +82,10 @@ def _starts(length: int, window: int, stride: int) -> list[int]:
     return [step * number for number in range(math.ceil(max(length - window, 0) / step) + 1)]
 
 
-def _seams(starts: list[int], window: int, length: int) -> list[float]:
-    """Where each window's own part begins, and the image's end."""
+def _seams(starts: list[int], window: int) -> list[float]:
+    """Where each window's own part begins, and the last one's end.
+
+    The outer ones are open: continued beyond the image, an object at its border may have its middle there.
+    """
     between = [(start + before + window) / 2 for before, start in pairwise(starts)]
-    return [0.0, *between, float(length)]
+    return [-math.inf, *between, math.inf]

@@ -1,5 +1,6 @@
 """Boxes of a large image from windows: objects at seams, and a real detector in windows and in one pass."""
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -61,8 +62,8 @@ def test_windows_start_at_multiples_of_the_stride_and_cover_the_image(window: in
     steps = {after - before for before, after in pairwise(starts)}
     assert len(steps) <= 1
     assert not steps or window / 2 - stride < steps.pop() <= max(window / 2, stride)
-    seams = _seams(starts, window, length)
-    assert (seams[0], seams[-1]) == (0, length)
+    seams = _seams(starts, window)
+    assert (seams[0], seams[-1]) == (-math.inf, math.inf)
     for number, start in enumerate(starts[1:], start=1):
         assert seams[number] - start == starts[number - 1] + window - seams[number], "in the middle of what is shared"
 
@@ -88,6 +89,11 @@ def test_every_object_is_found_once_and_whole(given: dict[str, Any]) -> None:
     found = slid(painted(given["size"], given["boxes"]), given["window"])
     assert as_boxes(found) == sorted(given["boxes"])
     assert (found[:, 4].diff() <= 0).all()
+
+
+def test_an_object_at_the_border_of_an_image_that_is_continued_is_found() -> None:
+    box = (83, 0, 86, 3)  # the last window reaches 14 pixels beyond the image, and sees the object that much wider
+    assert as_boxes(slid(painted((40, 86), [box]), (40, 36))) == [box]
 
 
 @pytest.mark.parametrize("at", range(64, 97))

@@ -246,8 +246,8 @@ def test_every_head_is_as_it_was(name: str, machine: Any) -> None:
 
     class Labelled(Images):
         def __getitem__(self, address: tuple[int, int]) -> Sample:
-            mask = torch.zeros(SIZE, SIZE, dtype=torch.int64)
-            target = mask if head.kind == "mask" else torch.tensor(1)
+            mask, box = torch.zeros(SIZE, SIZE, dtype=torch.int64), torch.tensor([[4.0, 4.0, 20.0, 24.0, 1.0]])
+            target = {"mask": mask, "boxes": box}.get(head.kind, torch.tensor(1))
             return Sample([torch.randn(1, SIZE, SIZE)], address[1], target, address[1], 0)
 
     assert_untouched(head, lambda: choose("auto", Labelled(Time(), 0), stream(8), head, device=CPU, bf16=False))
