@@ -5,15 +5,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sslmed.artifact import load_backbone
+    from sslmed.artifact.inputs import load_images
     from sslmed.commands.check import check
     from sslmed.commands.demo import demo
     from sslmed.commands.evaluate import evaluate
+    from sslmed.commands.export import export
     from sslmed.commands.finetune import finetune
+    from sslmed.commands.import_weights import import_weights
     from sslmed.commands.ingest import ingest
     from sslmed.commands.label import label
     from sslmed.commands.predict import predict
     from sslmed.commands.pretrain import pretrain
     from sslmed.commands.preview import preview
+    from sslmed.commands.publish import publish
+    from sslmed.commands.pull import pull
     from sslmed.commands.verify import verify
 
 __version__ = "0.1.0"
@@ -21,17 +26,23 @@ __all__ = [
     "check",
     "demo",
     "evaluate",
+    "export",
     "finetune",
+    "import_weights",
     "ingest",
     "label",
     "load_backbone",
+    "load_images",
     "predict",
     "pretrain",
     "preview",
+    "publish",
+    "pull",
     "verify",
 ]
 
-_HOME = {name: f"sslmed.commands.{name}" for name in __all__} | {"load_backbone": "sslmed.artifact"}
+_HOME = {name: f"sslmed.commands.{name}" for name in __all__}
+_HOME |= {"load_backbone": "sslmed.artifact", "load_images": "sslmed.artifact.inputs"}
 
 
 def __getattr__(name: str) -> object:

@@ -28,6 +28,7 @@ from sslmed.cli.options import (
     words,
 )
 from sslmed.cli.recipes import recipes_app
+from sslmed.cli.sharing import VERBS
 from sslmed.cli.showing import show
 from sslmed.config import DataError, UsageError
 
@@ -323,11 +324,5 @@ def predict(
     show(command(model, source, out, resample_tilt=resample_tilt, tta=tta, explain=explain), as_json)
 
 
-@app.command()
-def verify(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A store, a run or an artifact.")], as_json: Json = False
-) -> None:
-    """Check every digest and the self-test."""
-    from sslmed.commands.verify import verify as command
-
-    show(command(path), as_json)
+for _name, _verb in VERBS.items():
+    app.command(_name)(_verb)

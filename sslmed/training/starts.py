@@ -13,6 +13,7 @@ from sslmed.data.modality import Modality, in_words
 from sslmed.durable import sha256
 from sslmed.image_size import ImageSize
 from sslmed.models.backbones import Backbone, BackboneConfig, build, published
+from sslmed.models.key_layouts import KEY_LAYOUTS, PLAIN
 from sslmed.models.weights import SAFETENSORS, SUFFIXES, digest, fill, read
 
 Kind = Literal["random", "imagenet", "artifact", "file"]
@@ -29,6 +30,7 @@ class Start:
         folder: the artifact that they lie in.
         card: the artifact's.
         lines: what was loaded and what differs, for people.
+        licence: of the weights, as somebody stated it; what is usual for them only where that forbids commercial use.
     """
 
     backbone: Backbone
@@ -37,6 +39,7 @@ class Start:
     folder: Path | None = None
     card: Card | None = None
     lines: tuple[str, ...] = ()
+    licence: str = ""
 
     @property
     def weights(self) -> str:
@@ -80,7 +83,8 @@ def start(config: BackboneConfig, size: ImageSize, policy: Modality, seed: int) 
         return _from_artifact(config, policy, backbone)
     path = Path(config.init)
     report = fill(backbone.network, read(path), config.init, ordered=path.suffix != SAFETENSORS)
-    return Start(backbone, kind, sha256(path), lines=tuple(report.lines()))
+    licence = _usual(report.layout)
+    return Start(backbone, kind, sha256(path), lines=(*report.lines(), *_warned(licence)), licence=licence)
 
 
 def worded(config: BackboneConfig, kind: Kind) -> BackboneConfig:
@@ -96,7 +100,7 @@ def _kind(init: str) -> Kind:
         return "artifact"
     if path.is_file():
         return "file"
-    if path.suffix in SUFFIXES or len(path.parts) > 1:
+    if path.name.endswith(SUFFIXES) or len(path.parts) > 1:
         raise MissingInputError(f"there are no weights at {init} (backbone.init)")
     raise UsageError(
         f"'backbone.init' is {init}, which is neither a word it knows nor a path that exists; allowed: random, "
@@ -112,11 +116,35 @@ def _from_artifact(config: BackboneConfig, policy: Modality, backbone: Backbone)
             f"set backbone.name={card.backbone.name}, or give another backbone.init"
         )
     path = folder / "model.safetensors"
-    report = fill(backbone.network, read(path), config.init, card.size, ordered=False)
+    report = fill(backbone.network, read(path), config.init, card.size, family=PLAIN)
     lines = report.lines()
     if card.modality != policy.name:
         lines.append(f"note: the weights were trained on {card.modality} images; the store holds {policy.name}")
     normalisation = in_words(policy)
     if card.normalisation != normalisation:
         lines.append(f"note: intensities were normalised otherwise there: {card.normalisation}; here: {normalisation}")
-    return Start(backbone, "artifact", sha256(path), folder, card, tuple(lines))
+    if card.imported and card.imported.missing:
+        lines.append(f"note: {len(card.imported.missing)} of its tensors were random when it was imported")
+    licence = licence_of(card)
+    return Start(backbone, "artifact", sha256(path), folder, card, (*lines, *_warned(licence)), licence)
+
+
+def licence_of(card: Card) -> str:
+    """The licence that training from an artifact has to heed; empty when nobody has stated one.
+
+    Its own as it was stated, or that of what it started from where that forbids commercial use and its own does not.
+    Of foreign weights without a statement, the usual one of their family, where that forbids commercial use.
+    """
+    own = card.stated.licence or (_usual(card.imported.layout) if card.imported else "")
+    return next(filter(artifact.non_commercial, (own, card.parent_licence)), own or card.parent_licence)
+
+
+def _usual(layout: str) -> str:
+    usual = KEY_LAYOUTS.get(layout, PLAIN).usual_licence
+    return usual if artifact.non_commercial(usual) else ""
+
+
+def _warned(licence: str) -> list[str]:
+    if not artifact.non_commercial(licence):
+        return []
+    return [f"warning: these weights are for non-commercial use: {licence}; so may be what is trained from them"]

@@ -1,5 +1,6 @@
 """Foreign weights: read as data, matched by name or by order, fitted to the input, refused where they do not fit."""
 
+import argparse
 import os
 import zipfile
 from collections import OrderedDict
@@ -55,14 +56,17 @@ def foreign(state: State) -> State:
 # Reading.
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt", ".bin"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt", ".bin", ".pth.tar", ".ckpt"])
 def test_every_kind_of_file_gives_its_tensors(suffix: str, tmp_path: Path) -> None:
     state, path = network().state_dict(), tmp_path / f"weights{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     assert equal(read(path), state)
 
 
-@pytest.mark.parametrize("keys", [("state_dict",), ("model",), ("state_dict_ema",), ("state_dict", "model")])
+@pytest.mark.parametrize(
+    "keys",
+    [("state_dict",), ("model",), ("state_dict_ema",), ("state_dict", "model"), ("teacher",), ("target_encoder",)],
+)
 def test_a_state_dict_inside_a_checkpoint_is_taken_out(keys: tuple[str, ...], tmp_path: Path) -> None:
     content: dict[str, Any] = {"a.weight": torch.ones(2)}
     for key in reversed(keys):
@@ -88,6 +92,30 @@ class Harmful:
 
 def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
     torch.save({"a": Harmful(tmp_path / "made")}, tmp_path / "a.pth")
+    with pytest.raises(DataError, match="what needs code to be read is refused"):
+        read(tmp_path / "a.pth")
+    assert not (tmp_path / "made").exists()
+
+
+class Told(argparse.Namespace):
+    """Not the class that is let through."""
+
+
+def test_settings_beside_the_weights_are_read_and_not_looked_at(tmp_path: Path) -> None:
+    told = argparse.Namespace(lr=0.1, model="vit", betas=(0.9, 0.95), nested=argparse.Namespace(a=[1]))
+    torch.save({"model": {"a": torch.ones(2)}, "args": told}, tmp_path / "a.pth")
+    assert equal(read(tmp_path / "a.pth"), {"a": torch.ones(2)})
+    assert argparse.Namespace not in torch.serialization.get_safe_globals(), "let through for one file alone"
+
+
+@pytest.mark.parametrize("inside", ["namespace", "subclass", "class"])
+def test_settings_let_nothing_else_through(inside: str, tmp_path: Path) -> None:
+    told: Any = {
+        "namespace": argparse.Namespace(lr=Harmful(tmp_path / "made")),
+        "subclass": Told(lr=1),
+        "class": argparse.ArgumentParser,
+    }[inside]
+    torch.save({"model": {"a": torch.ones(2)}, "args": told}, tmp_path / "a.pth")
     with pytest.raises(DataError, match="what needs code to be read is refused"):
         read(tmp_path / "a.pth")
     assert not (tmp_path / "made").exists()
@@ -122,8 +150,11 @@ def test_a_file_of_something_else(name: str, content: bytes, tmp_path: Path) -> 
 def test_a_file_by_another_name_and_no_file(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.npz", "w"):
         pass
-    with pytest.raises(DataError, match=r"allowed: \.safetensors, \.pth, \.pt, \.bin"):
+    with pytest.raises(DataError, match=r"allowed: \.safetensors, \.pth, \.pt, \.bin, \.pth\.tar, \.ckpt"):
         read(tmp_path / "a.npz")
+    (tmp_path / "a.tar").touch()
+    with pytest.raises(DataError, match="no weight file by its name"):
+        read(tmp_path / "a.tar")
     with pytest.raises(MissingInputError):
         read(tmp_path / "absent.pth")
 
@@ -150,8 +181,10 @@ def test_names_may_have_a_prefix_and_others_may_stand_beside(prefix: str) -> Non
     state = {prefix + name: value for name, value in source.state_dict().items()}
     report = fill(target, state | {"projector.weight": torch.ones(2), f"{prefix}fc.bias": torch.ones(9)}, "FILE")
     assert equal(target.state_dict(), source.state_dict())
+    families = {"backbone.network.": ", as sslmed names them", "module.encoder_q.": ", as moco names them"}
     assert report.lines() == [
-        f"weights from FILE: {len(state)} tensors matched, 2 dropped (projector.weight, {prefix}fc.bias)"
+        f"weights from FILE{families.get(prefix, '')}: {len(state)} tensors matched, "
+        f"2 dropped by design (projector.weight, {prefix}fc.bias)"
     ]
     assert not report.by_order
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sslmed import artifact
-from sslmed.artifact import MIXED_KEYS, Card, DataCard
+from sslmed.artifact import MIXED_KEYS, Card, DataCard, ImportCard, StatedConfig
 from sslmed.config import DataError, MissingInputError, UsageError
 from sslmed.data import modality
 from sslmed.durable import sha256
@@ -160,6 +160,25 @@ def test_a_file_of_foreign_names_is_taken_by_order_where_it_has_one(tmp_path: Pa
         begin(config(tmp_path / "a.safetensors"))
 
 
+@pytest.mark.parametrize("suffix", [".pth.tar", ".ckpt"])
+def test_a_checkpoint_of_a_family(suffix: str, tmp_path: Path) -> None:
+    network, path = trained(config()), tmp_path / f"a{suffix}"
+    state = {f"module.encoder_q.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": state}, path)
+    begun = begin(config(path))
+    assert same(begun, network)
+    assert "as moco names them" in begun.lines[0]
+    assert begun.lines[1].startswith("warning: these weights are for non-commercial use: CC-BY-NC-4.0 (usual for")
+    assert begun.licence == "CC-BY-NC-4.0 (usual for the files of moco; not stated)"
+
+
+def test_an_unknown_prefix_names_the_way_to_take_it(tmp_path: Path) -> None:
+    state = {f"net.{name}": value for name, value in trained(config()).state_dict().items()}
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(DataError, match=rf"begin with 'net\.'(.|\n)*sslmed import {tmp_path}/a\.pth --prefix net\."):
+        begin(config(tmp_path / "a.pth"))
+
+
 # An artifact.
 
 
@@ -237,6 +256,46 @@ def test_the_cards_size_tells_the_grid_of_its_positions(tmp_path: Path) -> None:
     artifact.write(tmp_path / "artifact", network, card, PARENTS)
     begun = begin(config(tmp_path / "artifact", name="test_vit", patch=8))
     assert "1 adapted (pos_embed 2 x 8 -> 4 x 4 patches)" in begun.lines[0]
+
+
+# Licences.
+
+NC = "CC-BY-NC-4.0"
+MOCO = ImportCard(layout="moco", source="", digest="d" * 64, matched=1)
+USUAL = f"{NC} (usual for the files of moco; not stated)"
+
+
+@pytest.mark.parametrize(
+    ("stated", "parents", "imported", "licence"),
+    [
+        ("", "", None, ""),
+        ("CC-BY-4.0", "", None, "CC-BY-4.0"),
+        (NC, "", None, NC),
+        ("", NC, None, NC),
+        ("Apache-2.0", NC, None, NC),
+        (NC, "Apache-2.0", None, NC),
+        ("", "Apache-2.0", None, "Apache-2.0"),
+        ("", "", MOCO, USUAL),
+        ("Apache-2.0", "", MOCO, "Apache-2.0"),
+        ("", "", MOCO.model_copy(update={"layout": "dino"}), ""),
+        ("", "", MOCO.model_copy(update={"layout": "by order"}), ""),
+    ],
+)
+def test_the_licence_that_training_has_to_heed(
+    stated: str, parents: str, imported: ImportCard | None, licence: str, tmp_path: Path
+) -> None:
+    told = {"stated": StatedConfig(licence=stated), "parent_licence": parents, "imported": imported}
+    write(tmp_path / "artifact", config(), **told)
+    begun = begin(config(tmp_path / "artifact"))
+    assert begun.licence == licence
+    warned = [line for line in begun.lines if line.startswith("warning:")]
+    assert len(warned) == (NC in licence)
+    assert all(licence in line for line in warned)
+
+
+def test_tensors_that_were_random_at_import_are_said(tmp_path: Path) -> None:
+    write(tmp_path / "artifact", config(), imported=MOCO.model_copy(update={"missing": ("a", "b"), "layout": "timm"}))
+    assert begin(config(tmp_path / "artifact")).lines[1] == "note: 2 of its tensors were random when it was imported"
 
 
 # What a card may hold.
