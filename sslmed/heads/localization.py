@@ -11,7 +11,7 @@ from torch import nn
 from sslmed.distributed import mean, world_size
 from sslmed.heads.head import Head, HeadConfig, Kind, Maps, full
 from sslmed.models.backbones import Backbone
-from sslmed.models.boxes import giou_loss, iou, nms
+from sslmed.models.boxes import falling, giou_loss, iou, nms
 from sslmed.models.detectors import Detector, Places
 from sslmed.models.reducers import Reducer
 
@@ -148,7 +148,7 @@ class Localization(Head):
         """The same boxes in their new order."""
         chance = full(self._second_logits(places, found.boxes)).softmax(dim=-1)
         own = chance.gather(-1, found.classes[..., None] + 1)[..., 0]
-        scores, order = (found.scores * own).sqrt().sort(dim=-1, descending=True, stable=True)
+        scores, order = falling((found.scores * own).sqrt())
         boxes = found.boxes.gather(1, order[..., None].expand(-1, -1, 4))
         return Boxed(boxes, scores, found.classes.gather(1, order))
 

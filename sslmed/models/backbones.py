@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, cast
 
 import timm
@@ -222,6 +223,13 @@ def published(config: BackboneConfig, size: ImageSize) -> tuple[str, dict[str, t
     tag = network.pretrained_cfg.get("tag")  # type: ignore[union-attr, operator]
     architecture = config.name.partition(".")[0]
     return f"timm's {architecture}.{tag}" if tag else f"timm's {architecture}", network.state_dict()
+
+
+def from_folder(folder: Path) -> nn.Module:
+    """The network of a folder in the Hugging Face layout, made and filled by timm alone."""
+    with torch.random.fork_rng(devices=[]):
+        network: nn.Module = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True)
+    return network.eval()
 
 
 def in_timm(network: nn.Module) -> str:

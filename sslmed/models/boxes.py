@@ -68,7 +68,7 @@ def nms(boxes: torch.Tensor, scores: torch.Tensor, classes: torch.Tensor, thresh
     Raises:
         ValueError: a box has no area.
     """
-    order = scores.argsort(dim=-1, descending=True, stable=True)
+    order = falling(scores)[1]
     ranked = boxes.gather(-2, order[..., None].expand_as(boxes))
     kinds = classes.gather(-1, order)
     rivals = (iou(ranked, ranked) > threshold) & (kinds[..., :, None] == kinds[..., None, :])
@@ -79,6 +79,16 @@ def nms(boxes: torch.Tensor, scores: torch.Tensor, classes: torch.Tensor, thresh
         if not torch.compiler.is_compiling() and torch.equal(before, stays):
             break
     return torch.zeros_like(stays).scatter(-1, order, stays)
+
+
+def falling(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores (..., n) by falling value, of equal ones the first first, and their numbers.
+
+    A network that is exported ranks by topk: ONNX has no stable sort, but its TopK takes the first of equals.
+    """
+    if torch.compiler.is_compiling():
+        return scores.topk(scores.shape[-1], dim=-1)
+    return scores.sort(dim=-1, descending=True, stable=True)
 
 
 def nms_of_many(boxes: torch.Tensor, scores: torch.Tensor, classes: torch.Tensor, threshold: float) -> torch.Tensor:

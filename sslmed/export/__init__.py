@@ -1,0 +1,1 @@
+"""Models for other readers: timm, ONNX Runtime, torch.export."""
