@@ -13,6 +13,7 @@ import numpy as np
 from sslmed.config import DataError, DiskError, MissingInputError, OutputExistsError
 from sslmed.console import command, progress
 from sslmed.data import readers
+from sslmed.data.input import with_neighbours
 from sslmed.data.intensity import Intensity
 from sslmed.data.scan import Scan
 from sslmed.data.sources.reading import Pool, Read, Refused, units
@@ -234,7 +235,7 @@ class _Prediction:
         if in_colour and card.backbone.in_chans < 3:
             raise DataError(f"is in colour, but the model was trained on {card.backbone.in_chans}-channel images")
         applied.check_covers(pixels.shape[:2] if scan.kind == "image" else pixels.shape[1:3])
-        return scan, pixels, _slices(scan, pixels, card.slices)
+        return scan, pixels, with_neighbours(scan, pixels, card.slices)
 
     def _finish(self, scan: Answered) -> None:
         about = self.model.about
@@ -271,12 +272,3 @@ class _Prediction:
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
-
-
-def _slices(scan: Scan, pixels: Pixels, slices: int) -> Iterator[Pixels]:
-    """What the network sees of a scan, one after another: an image, or each slice or frame with its neighbours."""
-    if scan.kind == "image":
-        return iter([pixels if slices == 1 else np.repeat(pixels[..., None], slices, axis=2)])
-    around = np.arange(slices) - slices // 2
-    places = (np.clip(number + around, 0, len(pixels) - 1) for number in range(len(pixels)))
-    return (pixels[place[0]] if slices == 1 else np.moveaxis(pixels[place], 0, -1) for place in places)

@@ -1,5 +1,6 @@
 """What a network is given: whole images as tensors, and whether a store's images fit its input."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from sslmed.config import UsageError
 from sslmed.data.intensity import Intensity
 from sslmed.data.modality import Modality, planes_of, refuse_other_policy
+from sslmed.data.scan import Scan
 from sslmed.data.store import Store
 from sslmed.data.views import Pixels, letterbox, placed
 from sslmed.image_size import ImageSize
@@ -85,3 +87,16 @@ def check_channels(channels: int, store: Store, modality: Modality, slices: int 
         of = [f"{count} {what}" for count, what in ((slices, "slices"), (windows, "windows")) if count > 1]
         held = f"an image becomes {' x '.join(of)}" if of else f"the store holds {stored} channels"
         raise UsageError(f"backbone.in_chans is {channels}, but {held}; set backbone.in_chans={planes}")
+
+
+def with_neighbours(scan: Scan, pixels: Pixels, slices: int) -> Iterator[Pixels]:
+    """What a network sees of a scan, one after another: an image, or each slice or frame with its neighbours.
+
+    Args:
+        slices: how many the network is given; those beyond an end repeat the outermost.
+    """
+    if scan.kind == "image":
+        return iter([pixels if slices == 1 else np.repeat(pixels[..., None], slices, axis=2)])
+    around = np.arange(slices) - slices // 2
+    places = (np.clip(number + around, 0, len(pixels) - 1) for number in range(len(pixels)))
+    return (pixels[place[0]] if slices == 1 else np.moveaxis(pixels[place], 0, -1) for place in places)
