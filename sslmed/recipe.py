@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar, cast
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError
 
+from sslmed.artifact import StatedConfig
 from sslmed.config import Config, UsageError
 from sslmed.data.loading import DataConfig
 from sslmed.data.views import ViewConfig
@@ -32,7 +33,7 @@ LARGEST = 64 * 1024  # characters; a recipe has about 500
 DEEPEST = 8
 MOST_LINES = 6
 FREE_ON_RESUME = (
-    *("data.workers:", "monitor."),
+    *("data.workers:", "monitor.", "card."),
     *(f"train.{key}:" for key in ("save_every_steps", "keep_checkpoints", "timeout", "loggers")),
     "train.devices:",  # how many processes, and of what kind, a run records by itself
 )
@@ -51,6 +52,7 @@ class PretrainRecipe(Config):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     monitor: MonitorConfig = MonitorConfig()
+    card: StatedConfig = StatedConfig()
 
 
 class FinetuneRecipe(Config):
@@ -66,6 +68,7 @@ class FinetuneRecipe(Config):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     stop: StopConfig = StopConfig()
+    card: StatedConfig = StatedConfig()
 
 
 Recipe = PretrainRecipe | FinetuneRecipe
@@ -82,6 +85,7 @@ _SECTIONS: dict[str, type[Config]] = {
     "monitor": MonitorConfig,
     "labels": LabelsConfig,
     "stop": StopConfig,
+    "card": StatedConfig,
 }
 
 

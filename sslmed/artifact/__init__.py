@@ -5,15 +5,11 @@ head.safetensors         the head, for a fine-tuned model
 familiarity.safetensors  mean and covariance of the features of what it was trained on, for a fine-tuned model
 card.json  README.md     what it is, for programs and for people
 fingerprint.safetensors  keyed digests of the patients and images that training saw
-selftest.safetensors     an input and its features
+selftest.safetensors     an input and its features, and what the head answers
 MANIFEST.json            sha256 of each file
+config.json              of a published one: what timm reads from a hub or a folder
 """
 
-import json
-import os
-import shutil
-import uuid
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,100 +18,36 @@ import pydantic
 import torch
 from torch import nn
 
-from sslmed import image_size
-from sslmed.artifact.card import SCHEMA, readme
+from sslmed.artifact import selftest
+from sslmed.artifact.card import SCHEMA
 from sslmed.artifact.card import Card as Card
 from sslmed.artifact.card import DataCard as DataCard
 from sslmed.artifact.card import HeadCard as HeadCard
-from sslmed.config import DataError, DiskError, MissingInputError
+from sslmed.artifact.card import ImportCard as ImportCard
+from sslmed.artifact.card import Measured as Measured
+from sslmed.artifact.card import Score as Score
+from sslmed.artifact.card import StatedConfig as StatedConfig
+from sslmed.artifact.card import non_commercial as non_commercial
+from sslmed.artifact.manifest import MANIFEST as MANIFEST
+from sslmed.artifact.manifest import damage as damage
+from sslmed.artifact.manifest import read_json
+from sslmed.artifact.page import OVERALL as OVERALL
+from sslmed.artifact.selftest import Answers
+from sslmed.artifact.selftest import SelfTest as SelfTest
+from sslmed.artifact.writing import made as made
+from sslmed.artifact.writing import rewritten as rewritten
+from sslmed.artifact.writing import write as write
+from sslmed.config import DataError, MissingInputError, UsageError
 from sslmed.data import identity
 from sslmed.data.modality import MODALITIES, Modality, in_words, named, with_windows
 from sslmed.data.sampling import Rows
 from sslmed.data.store import Store
-from sslmed.durable import PARTIAL, sha256
-from sslmed.keyed_rng import rng
+from sslmed.durable import sha256
 from sslmed.models.backbones import build
 
-MANIFEST = "MANIFEST.json"
 MIXED_KEYS = "mixed"  # no site has this key id, so that "seen in training?" is answered "cannot tell"
-SELF_TEST_TOLERANCE = 1e-4  # relative to the largest feature: other CPUs add in another order
-
-
-@dataclass(frozen=True)
-class SelfTest:
-    """The outcome of running the stored input through the loaded weights."""
-
-    passed: bool
-    difference: float
-
-
-def write(
-    folder: Path,
-    network: nn.Module,
-    card: Card,
-    seen: np.ndarray[Any, np.dtype[np.uint8]],
-    head: nn.Module | None = None,
-    familiarity: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Write an artifact, whole or not at all, in place of an earlier one of the same run.
-
-    Args:
-        network: the timm network; its self-test features are computed here.
-        seen: what training saw, (n, 8), as ``data.identity.fingerprint`` makes it.
-        head: the supervised head.
-        familiarity: statistics of the features of what training saw, without a patient's own.
-
-    Raises:
-        DiskError: disk full, read-only or an I/O error; an earlier artifact is untouched.
-    """
-    from safetensors import SafetensorError
-
-    earlier = _earlier(folder)
-    if earlier.exists() and not folder.exists():
-        earlier.rename(folder)  # a process was killed between the two renames
-    for orphan in (earlier, *folder.parent.glob(f".{folder.name}.*{PARTIAL}")):  # of one that was killed while it wrote
-        shutil.rmtree(orphan, ignore_errors=True)
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
-    try:
-        partial.mkdir(parents=True)
-        _save_tensors(partial / "model.safetensors", _state(network))
-        if head is not None:
-            _save_tensors(partial / "head.safetensors", _state(head))
-        if familiarity is not None:
-            _save_tensors(partial / "familiarity.safetensors", familiarity)
-        _save_tensors(partial / "fingerprint.safetensors", {"seen": torch.from_numpy(np.array(seen, dtype=np.uint8))})
-        images = _self_test_input(card)
-        _save_tensors(partial / "selftest.safetensors", {"input": images, "features": _features(network, images)})
-        (partial / "card.json").write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(readme(card), encoding="utf-8")
-        digests = {path.name: sha256(path) for path in sorted(partial.iterdir())}
-        (partial / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
-        for path in partial.iterdir():
-            path.chmod(0o644)  # safetensors writes for the owner alone, but an artifact is for others
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        _swap(partial, folder)
-    except (OSError, SafetensorError) as error:  # safetensors has no other word for a full disk
-        raise DiskError(f"cannot write {folder}: {error}. What was there before is untouched.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _earlier(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.earlier")
-
-
-def _swap(new: Path, folder: Path) -> None:
-    earlier = _earlier(folder)
-    if folder.exists():
-        folder.rename(earlier)
-    try:
-        new.rename(folder)
-    except OSError:
-        if earlier.exists():
-            earlier.rename(folder)
-        raise
-    shutil.rmtree(earlier, ignore_errors=True)
+SELF_TEST_TOLERANCE = selftest.TOLERANCE
+SEEN_BYTES = 8  # of a digest in the fingerprint
 
 
 def resolve(path: Path | str) -> Path:
@@ -147,7 +79,9 @@ def read_card(path: Path | str) -> Card:
     damaged = damage(folder)
     if damaged:
         raise DataError(f"the artifact {folder} is damaged: {'; '.join(damaged[:3])}. Get it again, or make it again.")
-    content = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    content = read_json(folder / "card.json")
+    if not isinstance(content, dict):
+        raise DataError(f"the card of {folder} is not valid: it has no fields")
     if content.get("schema_version") != SCHEMA:
         raise DataError(
             f"{folder} has card version {content.get('schema_version')}; this sslmed reads version {SCHEMA}"
@@ -161,23 +95,6 @@ def read_card(path: Path | str) -> Card:
     return card
 
 
-def damage(folder: Path) -> list[str]:
-    """What does not match the manifest, a line a file; empty when the artifact is whole."""
-    try:
-        digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        names = {str(name): str(digest) for name, digest in digests.items()}
-    except (OSError, ValueError, AttributeError):
-        return [f"{MANIFEST} is not readable"]
-    found = []
-    for name, digest in names.items():
-        if Path(name).name != name or not (folder / name).is_file():
-            found.append(f"{name} is missing")
-        elif sha256(folder / name) != digest:
-            found.append(f"{name} does not match its digest")
-    required = {"model.safetensors", "card.json", "selftest.safetensors", "fingerprint.safetensors"}
-    return found + [f"{name} is not in the manifest" for name in sorted(required - set(names))]
-
-
 def load_backbone(path: Path | str) -> nn.Module:
     """The pretrained timm network in evaluation mode: images (N, C, H, W) -> pooled features (N, D).
 
@@ -189,9 +106,17 @@ def load_backbone(path: Path | str) -> nn.Module:
         DataError: a file is damaged, or its tensors are not those of the architecture on the card.
     """
     card = read_card(path)
-    network = build(card.backbone, card.size, seed=0).network
+    try:
+        network = build(card.backbone, card.size, seed=0).network
+    except UsageError as error:  # what a person would be told of their recipe
+        raise DataError(f"the network of {path} cannot be built here: {str(error).splitlines()[0]}") from error
     _load_tensors(network, resolve(path) / "model.safetensors")
     return network.eval()
+
+
+def weights(path: Path | str) -> str:
+    """The sha256 of the backbone's file."""
+    return sha256(resolve(path) / "model.safetensors")
 
 
 def load_head(path: Path | str, head: nn.Module) -> None:
@@ -201,17 +126,17 @@ def load_head(path: Path | str, head: nn.Module) -> None:
 
 def read_familiarity(path: Path | str) -> dict[str, torch.Tensor] | None:
     """What ``write`` was given, or None."""
-    from safetensors.torch import load_file
-
     file = resolve(path) / "familiarity.safetensors"
-    return load_file(file) if file.is_file() else None
+    return _read_tensors(file) if file.is_file() else None
 
 
 def read_fingerprint(path: Path | str) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Keyed digests (n, 8) of the patients and images that training saw, with those of its parents."""
-    from safetensors.numpy import load_file
-
-    return np.asarray(load_file(resolve(path) / "fingerprint.safetensors")["seen"])
+    file = resolve(path) / "fingerprint.safetensors"
+    seen = _read_tensors(file).get("seen")
+    if seen is None or seen.dtype != torch.uint8 or seen.ndim != 2 or seen.shape[1] != SEEN_BYTES:
+        raise DataError(f"{file} does not hold digests of patients")
+    return np.asarray(seen.numpy())
 
 
 def fingerprint(store: Store, rows: Rows) -> identity.Fingerprint:
@@ -225,15 +150,17 @@ def patients_seen(path: Path | str, store: Store, rows: Rows) -> int | None:
     return identity.seen(read_fingerprint(path), key_id, store.patients(rows), store.index.content[rows], store.key_id)
 
 
-def self_test(path: Path | str) -> SelfTest:
-    """Run the stored input through the weights and compare with the stored features."""
-    from safetensors.torch import load_file
+def self_test(path: Path | str, answers: Answers | None = None) -> SelfTest:
+    """Run the stored input through the weights and compare with what is stored.
 
-    network = load_backbone(path)
-    stored = load_file(resolve(path) / "selftest.safetensors")
-    features = _features(network, stored["input"])
-    difference = float((features - stored["features"]).abs().max() / stored["features"].abs().max().clamp_min(1e-12))
-    return SelfTest(difference <= SELF_TEST_TOLERANCE, difference)
+    Args:
+        answers: what the loaded head makes of images; compared where the artifact has kept some.
+
+    Raises:
+        DataError: the artifact is damaged, or holds no self-test of its card.
+    """
+    kept = _read_tensors(resolve(path) / "selftest.safetensors")
+    return selftest.compared(read_card(path), kept, load_backbone(path), answers)
 
 
 def check_fits(card: Card, modality: str, channels: int) -> None:
@@ -289,38 +216,18 @@ def inherit(
     return data, everybody
 
 
-def _state(module: nn.Module) -> dict[str, torch.Tensor]:
-    # contiguous: safetensors refuses channels_last tensors
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-
-
-def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    save_file(tensors, path)
-
-
 def _load_tensors(module: nn.Module, path: Path) -> None:
+    try:
+        module.load_state_dict(_read_tensors(path), strict=True)
+    except (DataError, RuntimeError) as error:
+        raise DataError(f"{path} does not hold this network's tensors: {str(error).splitlines()[0]}") from error
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        module.load_state_dict(load_file(path), strict=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise DataError(f"{path} does not hold this network's tensors: {str(error).splitlines()[0]}") from error
-
-
-def _self_test_input(card: Card) -> torch.Tensor:
-    stream = rng(0, 0, 0, "self-test")
-    shape = (2, card.backbone.in_chans, *image_size.sides(card.size))
-    return torch.from_numpy(stream.standard_normal(shape, dtype=np.float32))
-
-
-@torch.inference_mode()
-def _features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    training = network.training
-    network.eval()
-    device = next(network.parameters()).device
-    features: torch.Tensor = network(images.to(device)).float().cpu().contiguous()
-    network.train(training)
-    return features
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise DataError(f"{path} is no file of tensors: {str(error).splitlines()[0]}") from error

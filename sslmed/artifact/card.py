@@ -1,5 +1,6 @@
-"""What an artifact says of itself, for programs and for people."""
+"""What an artifact says of itself, for programs; `page` says it to people."""
 
+import re
 from typing import Any, Final, Literal
 
 import torch
@@ -7,9 +8,26 @@ from pydantic import Field
 
 from sslmed import __version__, image_size
 from sslmed.config import Config
-from sslmed.models.backbones import BackboneConfig, timm_arguments
+from sslmed.models.backbones import BackboneConfig
 
 SCHEMA: Final = 1
+NON_COMMERCIAL = re.compile(r"(^|[^a-z])(nc|non[- ]?commercial)([^a-z]|$)", re.IGNORECASE)
+
+
+class StatedConfig(Config):
+    """What only a person can say of weights; empty is not stated, and `sslmed publish` asks for all of it.
+
+    Attributes:
+        licence: of the weights, an SPDX identifier such as ``CC-BY-4.0`` where there is one.
+        data_licence: of the images that training read.
+        intended_use: what the weights are for, and for whom.
+        limits: what they are not for, and what has not been tried.
+    """
+
+    licence: str = ""
+    data_licence: str = ""
+    intended_use: str = ""
+    limits: str = ""
 
 
 class DataCard(Config):
@@ -20,7 +38,59 @@ class DataCard(Config):
     split_digest: str
     images: int
     patients: int
-    licence: str = "not stated"
+
+
+class Score(Config):
+    """One number of a table, with its 95 % interval; nan where it is undefined is left out of the table.
+
+    Attributes:
+        start: whose it is: ``pretrained``, ``random``, ...; of a fine-tuned model ``overall``, or the class, finding or
+            title that it is of.
+        budget: of labels.
+        by: the probe, or the task.
+    """
+
+    start: str
+    budget: str
+    by: str
+    metric: str
+    value: float
+    low: float
+    high: float
+
+
+class Measured(Config):
+    """Scores on test patients.
+
+    Attributes:
+        about: of what, on whom, and what speaks against them, a sentence each.
+        headline: the metric that was named beforehand; of many, one would often look better by chance.
+    """
+
+    about: tuple[str, ...]
+    headline: str = ""
+    scores: tuple[Score, ...]
+
+
+class ImportCard(Config):
+    """Where foreign weights came from, and how they were fitted.
+
+    Attributes:
+        layout: the family whose names the file has.
+        source: as the person who imported them said it.
+        digest: sha256 of the file.
+        adapted: a line a tensor.
+        dropped: tensors of the file that a backbone has no place for.
+        missing: tensors of the network that the file did not have, which are random.
+    """
+
+    layout: str
+    source: str
+    digest: str
+    matched: int
+    adapted: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
 
 class HeadCard(Config):
@@ -65,6 +135,11 @@ class Card(Config):
         method: pretext task or supervised task, as in the recipe; ``none`` when the backbone was not pretrained.
         recipe: the resolved recipe of the run.
         parent: sha256 of the weights that training started from; none when they were random.
+        parent_licence: theirs, where it is known.
+        stated: what a person has said.
+        monitors: the last numbers that training logged.
+        measured: scores on test patients: of a backbone those of ``evaluate``, of a fine-tuned model its own.
+        imported: of foreign weights, where they came from.
     """
 
     schema_version: Literal[1] = SCHEMA
@@ -81,9 +156,13 @@ class Card(Config):
     recipe: dict[str, Any]
     data: DataCard
     steps: int
-    licence: str = "not stated"
     head: HeadCard | None = None
     parent: str | None = None
+    parent_licence: str = ""
+    stated: StatedConfig = StatedConfig()
+    monitors: dict[str, float] = Field(default_factory=dict)
+    measured: Measured | None = None
+    imported: ImportCard | None = None
 
     @property
     def kind(self) -> str:
@@ -91,24 +170,6 @@ class Card(Config):
         return self.head.name if self.head else "backbone"
 
 
-def readme(card: Card) -> str:
-    """The card for people."""
-    name, channels = card.backbone.name, card.backbone.in_chans
-    options = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(card.backbone, card.size).items())
-    task = f"`{card.head.name}` of `{card.head.target}`: {', '.join(card.head.classes)}" if card.head else "backbone"
-    of = f"{channels}-channel" + (f" ({card.slices} neighbouring slices)" if card.slices > 1 else "")
-    return f"""# {name}, {card.modality}, {card.method.get("name", "none")}
-
-{task}. {of} {card.modality} images, {image_size.in_words(card.size)} pixels, {card.normalisation}.
-Trained for {card.steps} steps on {card.data.images} images of {card.data.patients} patients
-(data fingerprint `{card.data.fingerprint[:16]}`). Licence of the weights: {card.licence}.
-Not a medical device: research use only.
-
-```python
-import sslmed
-backbone = sslmed.load_backbone("artifact")  # checks every digest
-
-import timm
-backbone = timm.create_model("{name}", {options}, checkpoint_path="artifact/model.safetensors")
-```
-"""
+def non_commercial(licence: str) -> bool:
+    """Whether a licence forbids commercial use, as its name says: CC-BY-NC-4.0, "non-commercial research only"."""
+    return NON_COMMERCIAL.search(licence) is not None

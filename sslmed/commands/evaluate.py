@@ -24,7 +24,7 @@ from sslmed.recipe import FinetuneRecipe, load_finetune
 from sslmed.shipped import shipped
 from sslmed.supervised import study
 from sslmed.supervised.arms import Arm, arms, refuse_labels
-from sslmed.supervised.evaluated import EvaluateResult, write
+from sslmed.supervised.evaluated import EvaluateResult, usual_folder, write
 from sslmed.supervised.starting import RANDOM
 from sslmed.supervised.study import Cell
 from sslmed.supervised.task import DRAWN, target_of
@@ -102,7 +102,7 @@ def evaluate(
     patients = len(np.unique(store.patients(train)))
     wanted = parse(budgets or protocol.default_budgets(patients, drawn=learnt.kind in DRAWN))
     shape = size or (card.size if settings is None else starts[0].recipe(settings).data.size)
-    about = _protocol(card, store, shape, seeds, replicates)
+    about = _protocol(card, store, shape, seeds, replicates) | {"weights": artifact.weights(model)}
     if settings is None:
         rows, skipped = _probed(starts, store, learnt, (train, test), wanted, seeds, replicates, shape, workers)
         about |= {"k": probes.K, "temperature": probes.TEMPERATURE, "C": probes.C}
@@ -247,12 +247,7 @@ def _check_numbers(seeds: int, replicates: int, size: image_size.ImageSize | Non
 
 
 def _free_folder(found: Path, out: Path | str | None, resume: bool) -> Path:
-    if out is not None:
-        folder = Path(out)
-    elif (found.parent / "run.json").is_file():
-        folder = found.parent / "evaluation"
-    else:
-        folder = found.with_name(f"{found.name}-evaluation")
+    folder = usual_folder(found) if out is None else Path(out)
     if folder.exists() or folder.is_symlink():
         unfinished = folder.is_dir() and (folder / study.RUNS).is_dir()
         if not (resume and unfinished):

@@ -1,5 +1,6 @@
 """``sslmed pretrain``: unlabelled images in, a backbone out."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -157,14 +158,14 @@ def _conclude(
 ) -> dict[str, Any]:
     """Write the artifact, and what the run returns."""
     data_card, seen = begun.described(artifact.describe(store, rows), artifact.fingerprint(store, rows))
-    card = _card(settings, store, data_card, begun, method, fitted.steps)
+    card = _card(settings, store, data_card, begun, method, fitted.steps, _last(run.path))
     artifact.write(run.artifact, method.exported, card, seen)
     result = PretrainResult(
         str(run.path),
         str(run.artifact),
         fitted.steps,
         fitted.seconds,
-        _last(run.path),
+        card.monitors,
         _next(run.path, store),
     )
     run.finish(result.as_dict())
@@ -308,7 +309,13 @@ def _spread(rows: Rows) -> Rows:
 
 
 def _card(
-    settings: PretrainRecipe, store: Store, data: artifact.DataCard, begun: Start, method: Method, steps: int
+    settings: PretrainRecipe,
+    store: Store,
+    data: artifact.DataCard,
+    begun: Start,
+    method: Method,
+    steps: int,
+    monitors: dict[str, float],
 ) -> artifact.Card:
     policy, settings = _policy(settings, store), _worded(settings, begun.kind)
     return artifact.Card(
@@ -324,6 +331,9 @@ def _card(
         data=data,
         steps=steps,
         parent=begun.parent,
+        parent_licence=begun.licence,
+        stated=settings.card,
+        monitors=monitors,
     )
 
 
@@ -331,5 +341,5 @@ def _last(run: Path) -> dict[str, float]:
     wanted = ("loss", "embedding_std", "rankme", "knn_val_auroc")
     last: dict[str, float] = {}
     for line in read_metrics(run):
-        last |= {name: line[name] for name in wanted if name in line}
-    return last
+        last |= {name: float(line[name]) for name in wanted if name in line}
+    return {name: value for name, value in last.items() if math.isfinite(value)}

@@ -1,22 +1,24 @@
 """What a comparison of starts found: for people, for programs, and as files."""
 
 import dataclasses
+import json
 import math
 import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from sslmed.config import DiskError
+from sslmed.config import DataError, DiskError, MissingInputError
 from sslmed.durable import PARTIAL, write_json
 from sslmed.evaluation import comparison
 from sslmed.evaluation.comparison import Row
-from sslmed.evaluation.protocol import Skipped
+from sslmed.evaluation.protocol import Interval, Skipped
 from sslmed.supervised.starting import RANDOM
 
 # The metric of the printed verdict, named beforehand: of many, one would often look better by chance.
 HEADLINE = {"class": "auroc", "findings": "auroc", "mask": "dice", "boxes": "map50"}
+NAME = "evaluation.json"
 TITLE = {"auroc": "AUROC", "dice": "Dice", "map50": "mAP at IoU 0.5"}
 
 
@@ -48,6 +50,13 @@ class EvaluateResult:
     protocol: dict[str, Any]
     notes: tuple[str, ...]
     next: str
+
+    @classmethod
+    def from_dict(cls, kept: dict[str, Any]) -> Self:
+        """What ``as_dict`` gave."""
+        rows, skipped = (_row(each) for each in kept["rows"]), (Skipped(**each) for each in kept["skipped"])
+        tuples = {name: tuple(kept[name]) for name in ("classes", "notes")}
+        return cls(**(kept | tuples | {"rows": tuple(rows), "skipped": tuple(skipped)}))
 
     def as_dict(self) -> dict[str, Any]:
         """The result in JSON's types, nan as null."""
@@ -124,7 +133,7 @@ def write(folder: Path, result: EvaluateResult) -> None:
     head = "\n".join(f"- {line}" for line in [*result.preamble(), *result.conditions()])
     try:
         partial.mkdir(parents=True)
-        write_json(partial / "evaluation.json", result.as_dict())
+        write_json(partial / NAME, result.as_dict())
         text = f"# Evaluation of {result.model}\n\n{head}\n\n{comparison.markdown(result.rows)}"
         (partial / "evaluation.md").write_text(text, encoding="utf-8")
         if folder.is_dir():
@@ -136,6 +145,40 @@ def write(folder: Path, result: EvaluateResult) -> None:
         raise DiskError(f"cannot write {folder}: {error.strerror}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def usual_folder(found: Path) -> Path:
+    """Where an evaluation of the artifact in the folder ``found`` lies if nobody says otherwise: in its run, if any."""
+    if (found.parent / "run.json").is_file():
+        return found.parent / "evaluation"
+    return found.with_name(f"{found.name}-evaluation")
+
+
+def read(folder: Path) -> EvaluateResult:
+    """What ``write`` has written.
+
+    Raises:
+        MissingInputError: there is no evaluation.
+        DataError: it is not readable.
+    """
+    try:
+        return EvaluateResult.from_dict(json.loads((folder / NAME).read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise MissingInputError(f"there is no evaluation in {folder}; `sslmed evaluate` makes one") from error
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"{folder / NAME} is not readable ({error}); evaluate again") from error
+
+
+def _row(kept: dict[str, Any]) -> Row:
+    difference = kept["difference"]
+    own = {"value": _interval(kept["value"]), "difference": None if difference is None else _interval(difference)}
+    spread = kept["draw_sd"]
+    return Row(**(kept | own | {"draw_sd": math.nan if spread is None else spread}))
+
+
+def _interval(kept: dict[str, Any]) -> Interval:
+    mean, low, high = (math.nan if kept[name] is None else float(kept[name]) for name in ("mean", "low", "high"))
+    return Interval(mean, low, high, int(kept["dropped"]))
 
 
 def _plain(value: Any) -> Any:

@@ -5,13 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from sslmed import artifact
 from sslmed.console import command
 from sslmed.durable import write_atomically
 from sslmed.run import Run
 from sslmed.supervised.report import markdown, text
 from sslmed.supervised.scoring import Subgroup, Triple
-from sslmed.supervised.tuning import Job, Tuned
+from sslmed.supervised.tuning import Job, Tuned, seen
 
 SHOWN = (
     "map50",
@@ -145,7 +144,7 @@ def conclude(job: Job, run: Run, start: str | Path, tuned: Tuned) -> FinetuneRes
         val_patients=task.patients(task.val),
         test_images=len(task.test),
         test_patients=task.patients(task.test),
-        seen=_seen(job),
+        seen=seen(job),
         best_step=tuned.best_step,
         test=tested.overall,
         by_class=tested.by_class,
@@ -161,14 +160,6 @@ def conclude(job: Job, run: Run, start: str | Path, tuned: Tuned) -> FinetuneRes
         partial.write_text(markdown(task, tested, settled), encoding="utf-8")
     run.finish(result.as_dict())
     return result
-
-
-def _seen(job: Job) -> int | None:
-    """How many test patients the start had seen; a foreign file does not say whom it has."""
-    begun = job.begun.start
-    if begun.folder is not None:
-        return artifact.patients_seen(begun.folder, job.task.store, job.task.test)
-    return None if begun.kind == "file" else 0
 
 
 def _triples(kept: dict[str, Any]) -> dict[str, Triple]:

@@ -24,6 +24,7 @@ from sslmed.image_size import ImageSize, in_words, sides
 from sslmed.models.backbones import in_timm
 from sslmed.recipe import FinetuneRecipe, changes, dump, load_finetune
 from sslmed.run import Run
+from sslmed.supervised import measured, self_test
 from sslmed.supervised.applying import Applied
 from sslmed.supervised.box_scoring import BoxScorer
 from sslmed.supervised.scoring import LabelScorer, MaskScorer, Scorer, Tested, images
@@ -159,7 +160,7 @@ def score(job: Job, run: Run, best_step: int) -> Tuned:
     familiar = _spread(job.task.store.rows("train"), FAMILIAR)  # labelled or not
     known = _known(job, familiar)
     tested = job.scorer.test(run.path)
-    _write(job, run, best_step, familiar, known)
+    _write(job, run, Tuned(best_step, tested), familiar, known)
     return Tuned(best_step, tested)
 
 
@@ -197,10 +198,19 @@ def _dataset(job: Job) -> ViewDataset | RawDataset:
     return ViewDataset(*common, slices=job.settings.data.slices, tile=task.tiles)
 
 
-def _write(job: Job, run: Run, steps: int, familiar: Rows, known: familiarity.Familiarity | None) -> None:
+def seen(job: Job) -> int | None:
+    """How many test patients the start had seen; None when that cannot be told: a foreign file says nothing of it."""
+    begun = job.begun.start
+    if begun.folder is not None:
+        return artifact.patients_seen(begun.folder, job.task.store, job.task.test)
+    return None if begun.kind == "file" else 0
+
+
+def _write(job: Job, run: Run, tuned: Tuned, familiar: Rows, known: familiarity.Familiarity | None) -> None:
     settings, task, head, begun = job.settings, job.task, job.head, job.begun.start
-    seen = artifact.fingerprint(task.store, np.unique(np.concatenate([task.train, task.val, familiar])))
-    data, seen = begun.described(artifact.describe(task.store, task.train), seen)
+    read = artifact.fingerprint(task.store, np.unique(np.concatenate([task.train, task.val, familiar])))
+    data, read = begun.described(artifact.describe(task.store, task.train), read)
+    name, tested = settings.head.name, tuned.tested  # type: ignore[attr-defined]
     card = artifact.Card(
         backbone=job.begun.backbone,
         num_features=head.backbone.num_features,
@@ -212,11 +222,19 @@ def _write(job: Job, run: Run, steps: int, familiar: Rows, known: familiarity.Fa
         method=settings.head.model_dump(mode="json"),
         recipe=settings.model_dump(mode="json"),
         data=data,
-        steps=steps,
+        steps=tuned.best_step,
         head=_head_card(job),
         parent=begun.parent,
+        parent_licence=begun.licence,
+        stated=settings.card,
+        measured=measured.of_model(task, tested, str(settings.labels.budget), name, seen(job)),
     )
-    artifact.write(run.artifact, head.backbone.network, card, seen, head.head, known.tensors() if known else None)
+    usual = known.tensors() if known else None
+
+    def answers(images: torch.Tensor) -> torch.Tensor:
+        return self_test.answers(head, images)
+
+    artifact.write(run.artifact, head.backbone.network, card, read, head.head, usual, answers)
 
 
 def _head_card(job: Job) -> artifact.HeadCard:
