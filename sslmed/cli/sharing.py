@@ -1,5 +1,6 @@
 """The verbs by which weights come, go and are checked: import, export, publish, pull, verify."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +12,7 @@ from sslmed.config import DataError
 
 
 def import_weights(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Foreign weights: .safetensors, .pth, .pt, .bin.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Foreign weights: .safetensors, .pth, .ckpt, ...")],
     out: Annotated[Path, typer.Option("--out", metavar="ARTIFACT", help="The artifact to make.")],
     backbone: Annotated[str, typer.Option("--backbone", metavar="NAME", help="Their network, as timm calls it.")],
     modality: Annotated[
@@ -125,4 +126,10 @@ def verify(
         raise typer.Exit(DataError.exit_code) from None
 
 
-VERBS = {"import": import_weights, "export": export, "publish": publish, "pull": pull, "verify": verify}
+VERBS: dict[str, Callable[..., None]] = {
+    "import": import_weights,
+    "export": export,
+    "publish": publish,
+    "pull": pull,
+    "verify": verify,
+}
