@@ -16,11 +16,11 @@ from sslmed.artifact.writing import made
 from sslmed.config import DataError
 from sslmed.console import command
 from sslmed.durable import sha256
-from sslmed.export import parity, timm_folder
-from sslmed.export.deployed import Deployed, Features, deployed
-from sslmed.export.graphs import Run, Tensors, write_onnx, write_program
-from sslmed.export.page import page
-from sslmed.export.parity import Parity
+from sslmed.exporting import parity, timm_folder
+from sslmed.exporting.deployed import Deployed, Features, deployed
+from sslmed.exporting.graphs import Run, Tensors, write_onnx, write_program
+from sslmed.exporting.page import page
+from sslmed.exporting.parity import Parity
 from sslmed.models.backbones import from_folder
 from sslmed.supervised.model import load
 

@@ -19,7 +19,7 @@ from sslmed.commands.pretrain import PretrainResult
 from sslmed.commands.verify import verify
 from sslmed.config import DataError, MissingDependencyError, MissingInputError, OutputExistsError
 from sslmed.data.store import Store
-from sslmed.export import parity
+from sslmed.exporting import parity
 
 
 def test_timm_reads_the_very_same_weights(pretrained: PretrainResult, tmp_path: Path) -> None:

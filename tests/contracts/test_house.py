@@ -20,7 +20,7 @@ FLOORS = [
     {"methods", "heads", "training"},
     {"recipe"},
     {"supervised"},
-    {"export"},
+    {"exporting"},
     {"commands"},
     {"cli"},
     {"__main__"},
@@ -53,8 +53,8 @@ DOORS = {
     "tensorboard": ["training/sinks.py"],
     "matplotlib": ["data/previews/panels.py", "evaluation/curves.py"],
     "faster_coco_eval": ["evaluation/detections.py"],
-    "onnxruntime": ["export/graphs.py"],
-    "onnxscript": ["export/graphs.py"],
+    "onnxruntime": ["exporting/graphs.py"],
+    "onnxscript": ["exporting/graphs.py"],
 }
 FORBIDDEN_NAMES = {"utils", "core", "common", "helpers", "registry", "constants", "types"}
 UNSAFE_MODULES = {"pickle", "_pickle", "dill", "joblib", "shelve", "marshal"}

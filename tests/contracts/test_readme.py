@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ def test_the_commands_run_in_their_order(workplace: Path, capsys: pytest.Capture
 
 
 def test_the_python_runs(workplace: Path) -> None:
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     small = ", ".join(f'"{setting}"' for setting in SMALL["pretrain"].split())
     assert code.count('overrides=["train.epochs=50"]') == 1
     scope: dict[str, object] = {"__name__": "__main__"}
@@ -86,3 +87,18 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
         if not target.startswith(("http", "mailto:")):
             assert (page.parent / target).exists(), target
+
+
+def test_a_published_backbone_is_used_in_five_lines(workplace: Path) -> None:
+    assert run(["ingest", "IMAGES", "--out", "store", "--modality", "xray", "--labels", "labels.csv"]) == 0
+    small = SMALL["pretrain"].split()
+    assert run(["pretrain", "xray/simclr_resnet18", "--data", "store", "--out", "run", *small]) == 0
+    stated = ("licence=CC0-1.0", "data_licence=CC0-1.0", "intended_use=a test", "limits=anything else")
+    assert run(["publish", "run", "--to", "xray-backbone", *stated]) == 0
+    shutil.copy(sorted((workplace / "NEW_IMAGES").glob("*.png"))[0], "chest.png")
+    _, code = blocks("python")
+    assert len([line for line in code.splitlines() if line]) <= 5
+    scope: dict[str, Any] = {}
+    exec(code, scope)  # noqa: S102
+    assert scope["images"].shape == (1, 1, 32, 32)
+    assert scope["features"].shape == (1, scope["backbone"].num_features)

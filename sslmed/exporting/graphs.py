@@ -12,7 +12,7 @@ import torch
 from torch.export import Dim
 
 from sslmed.config import MissingDependencyError
-from sslmed.export.deployed import Deployed
+from sslmed.exporting.deployed import Deployed
 
 OPSET = 18
 MOST_IMAGES, MOST_PIXELS = 4096, 16384  # in a batch, and along a side

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from sslmed.data import intensity as of
 from sslmed.data.input import network_input
-from sslmed.export.deployed import Deployed
-from sslmed.export.graphs import Tensors
+from sslmed.exporting.deployed import Deployed
+from sslmed.exporting.graphs import Tensors
 from sslmed.keyed_rng import rng
 
 TOLERANCE = 1e-4  # of the greatest number of an output; other runtimes add in another order

@@ -6,7 +6,7 @@ from torch import nn
 from sslmed.artifact import Card
 from sslmed.data.device_intensity import COLOURS
 from sslmed.data.modality import Modality
-from sslmed.export.preparing import Prepare, placed, unboxed
+from sslmed.exporting.preparing import Prepare, placed, unboxed
 from sslmed.supervised.applying import LEAST
 from sslmed.supervised.model import Model
 

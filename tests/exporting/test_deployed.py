@@ -12,9 +12,9 @@ from sslmed.artifact import Card, DataCard, HeadCard
 from sslmed.data.input import network_input
 from sslmed.data.modality import MODALITIES, in_words, with_windows
 from sslmed.evaluation.detected_boxes import Found
-from sslmed.export import graphs, parity
-from sslmed.export.deployed import Deployed, Features, deployed
-from sslmed.export.parity import SIZES, TOLERANCE, compare, drawn
+from sslmed.exporting import graphs, parity
+from sslmed.exporting.deployed import Deployed, Features, deployed
+from sslmed.exporting.parity import SIZES, TOLERANCE, compare, drawn
 from sslmed.heads import HEADS
 from sslmed.models.backbones import BackboneConfig, build
 from sslmed.supervised.applying import Applied
