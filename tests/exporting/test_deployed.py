@@ -238,7 +238,8 @@ def test_models_run_elsewhere(kind: str, tmp_path: Path) -> None:
     in_chans = 3 if kind in ("class", "mask") else 1
     module = deployed(model(kind, "photo" if in_chans == 3 else "xray", in_chans=in_chans))
     example = parity.batches_of(module)[0]
-    for write, file in ((graphs.write_program, "m.pt2"), (graphs.write_onnx, "m.onnx")):
+    ways = [(graphs.write_program, "m.pt2"), (graphs.write_onnx, "m.onnx")]
+    for write, file in ways[kind == "findings" :]:  # of the two heads alike one way is enough
         found = compare(module, write(module, example, tmp_path / file, names(module)))
         assert found.passed, found
 
