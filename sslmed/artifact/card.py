@@ -130,6 +130,7 @@ class Card(Config):
 
     Attributes:
         size: of the input, pixels: the side of a square, or height and width.
+        channels: of a stored image, 1 or 3: one is repeated to those of the network, and normalised as one.
         windows, slices: how an image becomes channels; see ``DataConfig``.
         normalisation: the modality's, in words.
         method: pretext task or supervised task, as in the recipe; ``none`` when the backbone was not pretrained.
@@ -149,6 +150,7 @@ class Card(Config):
     num_features: int
     size: image_size.ImageSize
     modality: str
+    channels: int = 1
     windows: tuple[str | tuple[float, float], ...] = ()
     slices: int = 1
     normalisation: str

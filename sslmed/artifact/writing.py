@@ -92,6 +92,8 @@ def made(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() or folder.is_symlink():
         raise OutputExistsError(f"the output {folder} exists already; remove it, or give another one")
+    for orphan in folder.parent.glob(f".{folder.name}.*{PARTIAL}"):  # of one that was killed while it wrote
+        shutil.rmtree(orphan, ignore_errors=True)
     with _partial(folder) as partial:
         yield partial
         _flush(partial)

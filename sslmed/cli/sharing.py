@@ -18,7 +18,12 @@ def import_weights(
     modality: Annotated[
         str, typer.Option("--modality", metavar="M", help="ct, mri, xray, histology, ultrasound or photo.")
     ],
-    in_chans: Annotated[int, typer.Option("--in-chans", metavar="N", help="Input channels to adapt them to.")] = 1,
+    in_chans: Annotated[
+        int | None,
+        typer.Option(
+            "--in-chans", metavar="N", help="Input channels; by default 3 for colour, else 1.", show_default=False
+        ),
+    ] = None,
     size: Annotated[str, typer.Option(metavar="N|HxW", help="Input to adapt them to, pixels.")] = "224",
     patch: Annotated[
         int | None, typer.Option(metavar="N", help="Side of a transformer's patches, pixels.", show_default=False)

@@ -13,12 +13,12 @@ from sslmed import __version__, artifact, image_size
 from sslmed.artifact import Card
 from sslmed.artifact.manifest import sign
 from sslmed.artifact.writing import made
-from sslmed.config import DataError
+from sslmed.config import DataError, SslmedError
 from sslmed.console import command
 from sslmed.durable import sha256
 from sslmed.exporting import parity, timm_folder
 from sslmed.exporting.deployed import Deployed, Features, deployed
-from sslmed.exporting.graphs import Run, Tensors, write_onnx, write_program
+from sslmed.exporting.graphs import Run, Tensors, refused, write_onnx, write_program
 from sslmed.exporting.page import page
 from sslmed.exporting.parity import Parity
 from sslmed.models.backbones import from_folder
@@ -139,7 +139,12 @@ def _graph(model: str | Path, card: Card, folder: Path, form: str) -> _Written:
     else:
         module = deployed(load(model))
     name, write = GRAPHS[form]
-    run = write(module, parity.batches_of(module)[0], folder / name, card.model_dump_json())
+    try:
+        run = write(module, parity.batches_of(module)[0], folder / name, card.model_dump_json())
+    except (SslmedError, OSError):
+        raise
+    except Exception as error:
+        raise refused(error, module, form) from error
     return _Written(name, parity.compare(module, run), module.inputs)
 
 

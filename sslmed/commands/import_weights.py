@@ -70,7 +70,7 @@ def import_weights(
     *,
     backbone: str,
     modality: str,
-    in_chans: int = 1,
+    in_chans: int | None = None,
     size: ImageSize = 224,
     patch: int | None = None,
     pool: str | None = None,
@@ -90,7 +90,7 @@ def import_weights(
         out: the artifact to make.
         backbone: timm's name of their network.
         modality: of the images that they are to be used for.
-        in_chans: input channels that they are adapted to.
+        in_chans: input channels that they are adapted to; by default 3 where images of the modality come in colour.
         size: of the input that they are adapted to, pixels: the side of a square, or height and width.
         patch: side of a transformer's patches, pixels; timm's own by default.
         pool: ``token`` or ``avg``; timm's own by default.
@@ -112,6 +112,7 @@ def import_weights(
         raise OutputExistsError(f"the output {folder} exists already; remove it, or give another --out")
     policy = modalities.named(modality)
     family = key_layouts.named(layout) if layout is not None else None
+    in_chans = max(policy.channels) if in_chans is None else in_chans
     config = _settings({"name": backbone, "in_chans": in_chans, "init": "file", "patch": patch, "pool": pool})
     state = weights.read(path, family)
     built = build(config, size, SEED)
@@ -130,6 +131,7 @@ def import_weights(
         num_features=built.num_features,
         size=size,
         modality=policy.name,
+        channels=in_chans if in_chans in policy.channels else 1,
         normalisation=modalities.in_words(policy),
         method={"name": METHOD},
         recipe={},

@@ -323,6 +323,7 @@ def _card(
         num_features=method.backbone.num_features,
         size=settings.data.size,
         modality=policy.name,
+        channels=int(store.index.channels.max()),
         windows=settings.data.windows,
         slices=settings.data.slices,
         normalisation=modality.in_words(policy),

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from sslmed.artifact import Card
-from sslmed.data.device_intensity import COLOURS
 from sslmed.data.modality import Modality
 from sslmed.exporting.preparing import Prepare, placed, unboxed
 from sslmed.supervised.applying import LEAST
@@ -26,8 +25,7 @@ class Deployed(nn.Module):
         self.policy, self.card = policy, card
         self.prepare = Prepare(policy, card.size, card.backbone.in_chans, whole)
         self.network = network.eval().cpu()
-        coloured = card.backbone.in_chans == COLOURS and COLOURS in policy.channels
-        self.planes = COLOURS if coloured else card.slices
+        self.planes = card.channels * card.slices
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -86,10 +84,10 @@ class Segmenter(_Supervised):
 class Finder(_Supervised):
     """``boxes`` (N, D, 6): left, top, right, bottom in pixels of the source, score, class; by falling score.
 
-    What does not reach the threshold of its class is no box: class -1 and zeros, at any place in the list.
+    ``called`` (N, D) says which reach the threshold of their class. What is no box has the class -1 and zeros.
     """
 
-    outputs = ("boxes",)
+    outputs = ("boxes", "called")
 
     def finish(self, answer: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         corners, rest, kind = answer[..., :4], answer[..., 4:], answer[..., 5].to(torch.int64)
@@ -103,10 +101,10 @@ class Finder(_Supervised):
         limits = torch.stack([across.length, down.length] * 2).to(corners.dtype)
         corners = corners.clamp_min(0).minimum(limits)
         cuts = answer.new_tensor(self.about.thresholds or (0.5,) * len(self.about.classes))
-        there = (kind >= 0) & (rest[..., 0] >= cuts[kind.clamp_min(0)])
-        there = there & (corners[..., 2:] - corners[..., :2] >= LEAST).all(dim=-1)
+        there = (kind >= 0) & (corners[..., 2:] - corners[..., :2] >= LEAST).all(dim=-1)
+        called = there & (rest[..., 0] >= cuts[kind.clamp_min(0)])
         found = torch.cat([corners, rest], dim=-1)
-        return (torch.where(there[..., None], found, found.new_tensor([0.0, 0.0, 0.0, 0.0, 0.0, -1.0])),)
+        return torch.where(there[..., None], found, found.new_tensor([0.0, 0.0, 0.0, 0.0, 0.0, -1.0])), called
 
 
 KINDS: dict[str, type[_Supervised]] = {

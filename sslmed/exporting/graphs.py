@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.export import Dim
 
-from sslmed.config import MissingDependencyError
+from sslmed.config import DataError, MissingDependencyError
 from sslmed.exporting.deployed import Deployed
 
 OPSET = 18
@@ -88,6 +88,15 @@ def _graph(module: Deployed, example: Tensors) -> torch.export.ExportedProgram:
     shapes: Sequence[Any] = (image, {0: batch})[: len(example)]
     with torch.no_grad():
         return torch.export.export(module, example, dynamic_shapes=tuple(shapes))
+
+
+def refused(error: Exception, module: Deployed, form: str) -> DataError:
+    """What torch's exporters cannot do with a network, in a sentence; they raise almost anything."""
+    told = str(error).strip().splitlines() or [type(error).__name__]
+    return DataError(
+        f"torch cannot write {module.card.backbone.name} as {form}: {type(error).__name__}: {told[0][:300]}\n"
+        "Its backbone alone goes along with --format timm"
+    )
 
 
 @contextlib.contextmanager

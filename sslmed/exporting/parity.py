@@ -16,7 +16,7 @@ from sslmed.exporting.graphs import Tensors
 from sslmed.keyed_rng import rng
 
 TOLERANCE = 1e-4  # of the greatest number of an output; other runtimes add in another order
-SHARE = 1e-3  # of numbers of classes, which a rounding can tip over
+SHARE = 5e-3  # of whole numbers, which a rounding can tip over
 PREPARED = 0.02  # of the greatest input: one grey level of a byte, where OpenCV rounds a half the other way
 SIZES = ((2, 1.3, 0.8), (1, 0.6, 1.1), (3, 1.0, 1.0))  # images, and their sides in those of the input
 

@@ -57,6 +57,6 @@ def _scale(card: Card) -> tuple[list[float], list[float]]:
     if normalise is not of.as_imagenet:
         return [0.5] * count, [0.25] * count
     mean, std = of.IMAGENET_MEAN, of.IMAGENET_STD
-    if count != len(mean):
+    if card.channels != len(mean):
         mean, std = np.full(count, mean.mean()), np.full(count, std.mean())
     return [round(float(each), 6) for each in mean], [round(float(each), 6) for each in std]

@@ -2,6 +2,7 @@
 
 import math
 
+from sslmed import image_size
 from sslmed.artifact import OVERALL, Measured, Score
 from sslmed.supervised.evaluated import HEADLINE, EvaluateResult
 from sslmed.supervised.scoring import REPLICATES, Tested
@@ -44,5 +45,6 @@ def of_backbone(result: EvaluateResult) -> Measured:
         if all(map(math.isfinite, value)):
             named = {"start": row.arm, "budget": row.budget, "by": row.probe, "metric": row.metric}
             scores.append(Score(**named, value=value[0], low=value[1], high=value[2]))
-    about = (*result.preamble(), *result.conditions())
+    size = image_size.in_words(result.protocol["size"])
+    about = (*result.preamble(), *result.conditions(), f"images of {size} pixels")
     return Measured(about=about, headline=HEADLINE[result.kind], scores=tuple(scores))

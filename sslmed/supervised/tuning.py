@@ -216,6 +216,7 @@ def _write(job: Job, run: Run, tuned: Tuned, familiar: Rows, known: familiarity.
         num_features=head.backbone.num_features,
         size=settings.data.size,
         modality=task.policy.name,
+        channels=int(task.store.index.channels.max()),
         windows=settings.data.windows,
         slices=settings.data.slices,
         normalisation=modality.in_words(task.policy),

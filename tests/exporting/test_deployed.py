@@ -26,14 +26,16 @@ HEAD_OF = {
     "mask": "segmentation",
     "boxes": "localization",
 }
-CUTS = {"class": None, "findings": (0.5, 0.3, 0.6), "mask": None, "boxes": (0.0, 0.1, 0.1)}
+CUTS = {"class": None, "findings": (0.5, 0.3, 0.6), "mask": None, "boxes": (0.3, 0.4, 0.5)}
 
 
 def card(config: BackboneConfig, width: int, modality: str, size: int, **changes: Any) -> Card:
     data = DataCard(fingerprint="", key_id="", split_digest="", images=1, patients=1)
     policy = with_windows(MODALITIES[modality], changes.get("windows", ()))
+    coloured = modality in ("photo", "histology") and config.in_chans == 3
     return Card(
         backbone=config,
+        **({"channels": 3 if coloured else 1} | changes),
         num_features=width,
         size=size,
         modality=modality,
@@ -42,7 +44,6 @@ def card(config: BackboneConfig, width: int, modality: str, size: int, **changes
         recipe={},
         data=data,
         steps=0,
-        **changes,
     )
 
 
@@ -106,6 +107,16 @@ def test_preparation_is_that_of_predict(modality: str) -> None:
             assert float((given - wanted).abs().mean()) <= 1e-4
 
 
+def test_grey_for_a_network_of_colours_is_normalised_as_grey() -> None:
+    module = features("test_resnet", "histology", 3, channels=1)
+    assert module.planes == 1
+    (pixels,) = drawn(module, 1)
+    ready = module.prepare(torch.from_numpy(pixels.astype(np.float32))[None, None], None)
+    wanted = network_input(pixels, module.policy.intensity(pixels), module.policy, 64, 3)
+    assert ready.shape == (1, 3, 64, 64)
+    torch.testing.assert_close(ready[0], wanted, rtol=0, atol=1.01 / 255 * 4.5)
+
+
 def test_floating_intensities_are_not_rounded() -> None:
     module = features("test_resnet", "xray")
     pixels = np.random.default_rng(0).random((90, 70), np.float32)
@@ -166,10 +177,11 @@ def test_boxes_are_those_of_predict_in_the_images_own_pixels() -> None:
     found = model("boxes", "xray")
     module = deployed(found)
     for number, batch in enumerate(parity.batches_of(module)):
-        (boxes,) = module(*batch)
-        for rows, answer in zip(boxes.detach().numpy(), applied(found, module, number), strict=True):
+        boxes, called = module(*batch)
+        for rows, there, answer in zip(boxes.detach().numpy(), called, applied(found, module, number), strict=True):
             kept = found.kept(answer.boxes)
-            own = rows[rows[:, 5] >= 0]
+            own = rows[there.numpy()]
+            assert len(own) < (rows[:, 5] >= 0).sum() == len(answer.boxes.scores)
             assert len(own) == len(kept.scores) > 0
             np.testing.assert_allclose(own[:, :4], kept.xyxy, atol=2e-2)
             np.testing.assert_allclose(own[:, 4], kept.scores, atol=1e-4)
