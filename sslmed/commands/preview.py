@@ -26,7 +26,6 @@ from sslmed.durable import write_atomically
 from sslmed.methods import METHODS
 from sslmed.models import backbones
 from sslmed.recipe import PretrainRecipe, Recipe, load
-from sslmed.shipped import shipped
 
 MOST = 50  # images
 VIEWS = 3
@@ -297,6 +296,5 @@ def _next(store: Store, recipe: Path | str | None, settings: Recipe | None) -> s
     if settings is not None and not isinstance(settings, PretrainRecipe):
         return command("sslmed", "finetune", recipe, "--data", store.path, "--from", "RUN", "--out", "TUNED")
     if recipe is None:
-        own = [each.name for each in shipped() if each.name.startswith(f"{store.modality}/")]
-        recipe = next((name for name in own if "simclr" in name), own[0] if own else "RECIPE")
+        recipe = f"{store.modality}/simclr_resnet18"
     return command("sslmed", "pretrain", recipe, "--data", store.path, "--out", store.path.parent / "run")
