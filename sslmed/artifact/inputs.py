@@ -9,7 +9,7 @@ from sslmed import artifact
 from sslmed.artifact.card import Card
 from sslmed.config import DataError, MissingInputError
 from sslmed.data import readers
-from sslmed.data.input import network_input, with_neighbours
+from sslmed.data.input import network_input, refuse_colour, with_neighbours
 from sslmed.data.modality import Modality
 from sslmed.data.scan import Scan
 from sslmed.data.sources.reading import Pool, Read, Refused, units
@@ -49,8 +49,7 @@ def load_images(source: Path | str, model: Path | str) -> torch.Tensor:
 
 def _prepared(scan: Scan, pixels: Pixels, card: Card, policy: Modality) -> Iterator[torch.Tensor]:
     channels = card.backbone.in_chans
-    if pixels.ndim == (3 if scan.kind == "image" else 4) and channels < pixels.shape[-1]:
-        raise DataError(f"is in colour, but the model was trained on {channels}-channel images")
+    refuse_colour(scan, pixels, channels)
     intensity = policy.intensity(pixels)
     for image in with_neighbours(scan, pixels, card.slices):
         yield network_input(image, intensity, policy, card.size, channels)

@@ -13,7 +13,7 @@ import numpy as np
 from sslmed.config import DataError, DiskError, MissingInputError, OutputExistsError
 from sslmed.console import command, progress
 from sslmed.data import readers
-from sslmed.data.input import with_neighbours
+from sslmed.data.input import refuse_colour, with_neighbours
 from sslmed.data.intensity import Intensity
 from sslmed.data.scan import Scan
 from sslmed.data.sources.reading import Pool, Read, Refused, units
@@ -231,9 +231,7 @@ class _Prediction:
     def _accepted(self, scan: Scan, pixels: Pixels) -> tuple[Scan, Pixels, Iterator[Pixels]]:
         """The scan as the modality accepts it, and the images that the network sees of it."""
         card, applied = self.model.card, self.model.applied
-        in_colour = pixels.ndim == (3 if scan.kind == "image" else 4)
-        if in_colour and card.backbone.in_chans < 3:
-            raise DataError(f"is in colour, but the model was trained on {card.backbone.in_chans}-channel images")
+        refuse_colour(scan, pixels, card.backbone.in_chans)
         applied.check_covers(pixels.shape[:2] if scan.kind == "image" else pixels.shape[1:3])
         return scan, pixels, with_neighbours(scan, pixels, card.slices)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sslmed.config import UsageError
+from sslmed.config import DataError, UsageError
 from sslmed.data.intensity import Intensity
 from sslmed.data.modality import Modality, planes_of, refuse_other_policy
 from sslmed.data.scan import Scan
@@ -87,6 +87,16 @@ def check_channels(channels: int, store: Store, modality: Modality, slices: int 
         of = [f"{count} {what}" for count, what in ((slices, "slices"), (windows, "windows")) if count > 1]
         held = f"an image becomes {' x '.join(of)}" if of else f"the store holds {stored} channels"
         raise UsageError(f"backbone.in_chans is {channels}, but {held}; set backbone.in_chans={planes}")
+
+
+def refuse_colour(scan: Scan, pixels: Pixels, channels: int) -> None:
+    """Refuse a scan in colour for a network that has fewer channels than it has colours.
+
+    Raises:
+        DataError: it is one.
+    """
+    if pixels.ndim == (3 if scan.kind == "image" else 4) and channels < pixels.shape[-1]:
+        raise DataError(f"is in colour, but the model was trained on {channels}-channel images")
 
 
 def with_neighbours(scan: Scan, pixels: Pixels, slices: int) -> Iterator[Pixels]:

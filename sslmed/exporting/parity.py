@@ -16,8 +16,9 @@ from sslmed.exporting.graphs import Tensors
 from sslmed.keyed_rng import rng
 
 TOLERANCE = 1e-4  # of the greatest number of an output; other runtimes add in another order
-SHARE = 5e-3  # of whole numbers, which a rounding can tip over
+SHARE = 1e-3  # of whole numbers, which a rounding can tip over
 PREPARED = 0.02  # of the greatest input: one grey level of a byte, where OpenCV rounds a half the other way
+WHOLE = ("called", "mask")  # outputs of whole numbers
 SIZES = ((2, 1.3, 0.8), (1, 0.6, 1.1), (3, 1.0, 1.0))  # images, and their sides in those of the input
 
 Pixels = np.ndarray[Any, np.dtype[Any]]
@@ -44,9 +45,6 @@ class Parity:
         return within and self.prepared <= PREPARED
 
 
-WHOLE = ("called", "mask")  # outputs of whole numbers
-
-
 def compare(module: Deployed, run: Callable[[Tensors], Tensors]) -> Parity:
     """``run`` beside the module itself, on drawn images."""
     found: dict[str, list[float]] = {name: [] for name in module.outputs}
@@ -54,7 +52,7 @@ def compare(module: Deployed, run: Callable[[Tensors], Tensors]) -> Parity:
     for number, batch in enumerate(batches_of(module)):
         with torch.no_grad():
             wanted = module(*batch)
-            ready = module.prepare(*batch, *([None] if len(batch) == 1 else []))
+            ready = module.prepare(*batch)
         for name, ours, theirs in zip(module.outputs, wanted, run(batch), strict=True):
             found[name].append(difference(ours, theirs))
         batches.append((len(batch[0]), *batch[0].shape[2:]))

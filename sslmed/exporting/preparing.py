@@ -53,7 +53,7 @@ class Prepare(nn.Module):
         """Whether ``forward`` measures intensities by itself; else it is given low, high, mean and std (N, 4)."""
         return self.measure is not None
 
-    def forward(self, images: torch.Tensor, intensity: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, intensity: torch.Tensor | None = None) -> torch.Tensor:
         """The network's input."""
         if self.measure is not None:
             intensity = self.measure(images)

@@ -10,7 +10,7 @@ from sslmed.durable import write_atomically
 from sslmed.run import Run
 from sslmed.supervised.report import markdown, text
 from sslmed.supervised.scoring import Subgroup, Triple
-from sslmed.supervised.tuning import Job, Tuned, seen
+from sslmed.supervised.tuning import Job, Tuned
 
 SHOWN = (
     "map50",
@@ -144,7 +144,7 @@ def conclude(job: Job, run: Run, start: str | Path, tuned: Tuned) -> FinetuneRes
         val_patients=task.patients(task.val),
         test_images=len(task.test),
         test_patients=task.patients(task.test),
-        seen=seen(job),
+        seen=tuned.seen,
         best_step=tuned.best_step,
         test=tested.overall,
         by_class=tested.by_class,

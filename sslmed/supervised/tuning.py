@@ -60,10 +60,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A finished fine-tuning: the step of the best check on val, and the scores."""
+    """A finished fine-tuning.
+
+    Attributes:
+        best_step: the step of the best check on val.
+        tested: the scores.
+        seen: how many test patients the start had seen; None when that cannot be told.
+    """
 
     best_step: int
     tested: Tested
+    seen: int | None
 
 
 def prepare(recipe: FinetuneRecipe, store: Store, source: str | Path) -> Job:
@@ -159,9 +166,9 @@ def score(job: Job, run: Run, best_step: int) -> Tuned:
     job.scorer.settle()
     familiar = _spread(job.task.store.rows("train"), FAMILIAR)  # labelled or not
     known = _known(job, familiar)
-    tested = job.scorer.test(run.path)
-    _write(job, run, Tuned(best_step, tested), familiar, known)
-    return Tuned(best_step, tested)
+    tuned = Tuned(best_step, job.scorer.test(run.path), _seen(job))
+    _write(job, run, tuned, familiar, known)
+    return tuned
 
 
 # The steps, in their order.
@@ -198,8 +205,8 @@ def _dataset(job: Job) -> ViewDataset | RawDataset:
     return ViewDataset(*common, slices=job.settings.data.slices, tile=task.tiles)
 
 
-def seen(job: Job) -> int | None:
-    """How many test patients the start had seen; None when that cannot be told: a foreign file says nothing of it."""
+def _seen(job: Job) -> int | None:
+    """Of test patients; a foreign file says nothing of whom it has seen."""
     begun = job.begun.start
     if begun.folder is not None:
         return artifact.patients_seen(begun.folder, job.task.store, job.task.test)
@@ -228,7 +235,7 @@ def _write(job: Job, run: Run, tuned: Tuned, familiar: Rows, known: familiarity.
         parent=begun.parent,
         parent_licence=begun.licence,
         stated=settings.card,
-        measured=measured.of_model(task, tested, str(settings.labels.budget), name, seen(job)),
+        measured=measured.of_model(task, tested, str(settings.labels.budget), name, tuned.seen),
     )
     usual = known.tensors() if known else None
 

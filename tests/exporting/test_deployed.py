@@ -98,7 +98,7 @@ def applied(found: Model, module: Deployed, number: int) -> list[Any]:
 def test_preparation_is_that_of_predict(modality: str) -> None:
     module = features("test_resnet", modality)
     for number, batch in enumerate(parity.batches_of(module)):
-        ready = module.prepare(*batch, *([None] if len(batch) == 1 else []))
+        ready = module.prepare(*batch)
         for given, pixels in zip(ready, drawn(module, number), strict=True):
             wanted = network_input(pixels, module.policy.intensity(pixels), module.policy, 64, 1)
             # one grey level of a byte, where OpenCV's fixed point rounds a half the other way
