@@ -102,7 +102,9 @@ def letterboxed(images: torch.Tensor, box: tuple[int, int], fill: torch.Tensor) 
     count = images.shape[0]
     boxed = separable(images, *(each.to(images.dtype).expand(count, -1, -1) for each in (down, across)))
     whole = (images == images.round()).flatten(1).all(dim=1).view(-1, 1, 1, 1)
-    boxed = torch.where(whole, boxed.round(), boxed)
+    halved = (rows.length == 2 * rows.inner) & (columns.length == 2 * columns.inner)
+    rounded = torch.where(halved, (boxed + 0.5).floor(), boxed.round())  # of two by two pixels OpenCV rounds a half up
+    boxed = torch.where(whole, rounded, boxed)
     inside = (down.sum(1)[:, None] * across.sum(1)[None]) > 0.5  # 1 or 0
     return torch.where(inside, boxed, fill.view(-1, 1, 1, 1).to(boxed.dtype))
 

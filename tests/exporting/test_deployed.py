@@ -256,6 +256,27 @@ def test_models_run_elsewhere(kind: str, tmp_path: Path) -> None:
         assert found.passed, found
 
 
+def test_boxes_of_equal_scores_may_change_places_and_nothing_else() -> None:
+    module = deployed(model("boxes", "xray"))
+
+    def swapped(batch: parity.Tensors) -> parity.Tensors:
+        return tuple(each.flip(1) for each in module(*batch))
+
+    assert set(compare(module, swapped).outputs.values()) == {0.0}
+    assert not compare(module, lambda batch: (module(*batch)[0] * 1.001, module(*batch)[1])).passed
+    assert not compare(module, lambda batch: (module(*batch)[0], ~module(*batch)[1])).passed
+
+
+@pytest.mark.parametrize("modality", ["ultrasound", "xray", "ct"])
+def test_pixels_averaged_by_fours_are_rounded_as_opencv_does(modality: str) -> None:
+    module = features("test_resnet", modality)
+    kind = {"ultrasound": np.uint8, "xray": np.uint16, "ct": np.int16}[modality]
+    pixels = np.random.default_rng(0).integers(0, 200, (128, 128)).astype(kind)
+    ready = module.prepare(torch.from_numpy(pixels.astype(np.float32))[None, None])
+    wanted = network_input(pixels, module.policy.intensity(pixels), module.policy, 64, 1)
+    torch.testing.assert_close(ready[0], wanted, rtol=0, atol=1e-5)
+
+
 def test_a_file_that_says_something_else_does_not_pass() -> None:
     module = features("test_resnet", "xray")
     found = compare(module, lambda batch: (module(*batch)[0] * (1 + 1e-3),))
