@@ -23,6 +23,8 @@ class OptimConfig(Config):
             ``linear``, times B / 256 (Goyal et al., arXiv 1706.02677); ``sqrt``, times sqrt(B / 256) (SimCLR,
             arXiv 2002.05709, appendix B.1).
         weight_decay: for weights with two dimensions or more; biases and norm layers have none.
+        final_weight_decay: where half a cosine leads the weight decay after the last step, as in DINO (arXiv
+            2104.14294, section 3, "Implementation details"); by default it stays as it is.
         warmup: share of all optimizer steps during which the rate climbs linearly, from 0 at the first
             (as in SimCLR's reference).
         final_lr: where half a cosine leads after the last step, as a share of the peak.
@@ -35,6 +37,7 @@ class OptimConfig(Config):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     lr_rule: Literal["constant", "linear", "sqrt"] = "constant"
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    final_weight_decay: Annotated[float, Field(ge=0)] | None = None
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -115,12 +118,41 @@ def scheduled(config: OptimConfig, groups: Parameters, batch_size: int, total_st
     """The optimizer with its schedule, stepped after each performed step, in the form that Lightning asks for.
 
     A group may have a ``share`` of the rate, and ``begin``: the step at which its own warm-up starts; before, its rate
-    is 0.
+    is 0. The rate of a ``constant`` group stays at the peak.
     """
-    factors = [_delayed(config, total_steps, group.get("begin", 0), group.get("share", 1.0)) for group in groups]
+    factors = [_factor(config, total_steps, group) for group in groups]
     optimizer = build_optimizer(config, groups, batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+    schedule = _Schedule(optimizer, factors, config, total_steps)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class _Schedule(torch.optim.lr_scheduler.LambdaLR):
+    """The factors on the rates, and the weight decay of the groups that have one."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        factors: list[Callable[[int], float]],
+        config: OptimConfig,
+        total_steps: int,
+    ) -> None:
+        self._begin, self._end, self._total = config.weight_decay, config.final_weight_decay, total_steps
+        super().__init__(optimizer, factors)
+
+    def step(self, epoch: int | None = None) -> None:
+        """Move on by an optimizer step."""
+        super().step(epoch)
+        if self._end is None:
+            return
+        decay = half_cosine(self._begin, self._end, self.last_epoch, self._total)
+        for group in self.optimizer.param_groups:
+            if group["weight_decay"]:
+                group["weight_decay"] = decay
+
+
+def half_cosine(first: float, last: float, step: int, total: int) -> float:
+    """From ``first`` at step 0 to ``last`` at ``total``, along half a cosine."""
+    return last + (first - last) * (1 + math.cos(math.pi * min(1.0, step / total))) / 2
 
 
 def warmup_cosine(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
@@ -136,6 +168,21 @@ def warmup_cosine(config: OptimConfig, total_steps: int) -> Callable[[int], floa
     return factor
 
 
-def _delayed(config: OptimConfig, total_steps: int, begin: int, share: float) -> Callable[[int], float]:
+@torch.no_grad()
+def clip_each(parameters: Iterable[nn.Parameter], limit: float) -> None:
+    """Scale each gradient by itself so that its norm is at most ``limit``, as DINO's reference does (utils.py).
+
+    The usual clipping takes the norm of all gradients together.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        shares = [(limit / (norm + 1e-6)).clamp(max=1) for norm in torch._foreach_norm(gradients)]
+        torch._foreach_mul_(gradients, shares)
+
+
+def _factor(config: OptimConfig, total_steps: int, group: dict[str, Any]) -> Callable[[int], float]:
+    begin, share = group.get("begin", 0), group.get("share", 1.0)
+    if group.get("constant"):
+        return lambda _: share
     later = warmup_cosine(config, total_steps - begin)
     return lambda step: share * later(step - begin) if step >= begin else 0.0

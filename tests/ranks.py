@@ -75,12 +75,27 @@ def gather_gradient(rows: list[list[float]], weights: list[list[float]]) -> list
     return local.grad.tolist()
 
 
+def total_gradient(rows: list[list[float]]) -> list[Any]:
+    """The gradient by this rank's rows of the squared sum of all, and that sum without gradient."""
+    from sslmed import distributed
+
+    local = torch.tensor(rows).chunk(WORLD)[distributed.rank()].clone().requires_grad_()
+    distributed.total(local.sum(dim=0)).square().sum().backward()
+    assert local.grad is not None
+    return [local.grad.tolist(), distributed.summed(local.sum(dim=0)).tolist()]
+
+
 def loss_gradient(
-    loss: str, inputs: dict[str, torch.Tensor], settings: dict[str, Any], by: tuple[str, ...], sabotage: str | None
+    loss: str,
+    inputs: dict[str, torch.Tensor],
+    settings: dict[str, Any],
+    by: tuple[str, ...],
+    sabotage: str | None,
+    shared: tuple[str, ...],
 ) -> tuple[float, list[torch.Tensor]]:
     """Mean loss over ranks, and its gradient by this rank's rows of some inputs, as DDP scales it.
 
-    ``sabotage`` names a wrong gather of this module to use instead.
+    ``sabotage`` names a wrong gather of this module to use instead. Every rank has all of the ``shared`` inputs.
     """
     from importlib import import_module
 
@@ -89,7 +104,10 @@ def loss_gradient(
     if sabotage:
         distributed.gather = globals()[sabotage]
     module, name = loss.rsplit(".", 1)
-    local = {key: value.chunk(WORLD)[distributed.rank()].clone() for key, value in inputs.items()}
+    local = {
+        key: (value if key in shared else value.chunk(WORLD)[distributed.rank()]).clone()
+        for key, value in inputs.items()
+    }
     for key in by:
         local[key].requires_grad_()
     value = getattr(import_module(module), name)(**local, **settings)

@@ -14,6 +14,8 @@ from sslmed.config import DataError
 def test_a_world_of_one_gathers_nothing() -> None:
     local = torch.randn(3, 2, requires_grad=True)
     assert distributed.gather(local) is local
+    assert distributed.total(local) is local
+    assert torch.equal(distributed.summed(local), local)
     assert (distributed.world_size(), distributed.rank()) == (1, 0)
 
 
@@ -42,6 +44,17 @@ def test_two_ranks_get_the_gradient_of_the_whole() -> None:
     both = ranks.on_two_ranks(ranks.gather_gradient, rows, weights)
     # each of the two ranks sums over all rows, so the sum of their losses has twice the weights as gradient
     assert torch.equal(torch.tensor(both).flatten(0, 1), 2 * torch.tensor(weights))
+
+
+@pytest.mark.ddp
+def test_two_ranks_get_the_gradient_of_a_sum_over_all() -> None:
+    rows = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]
+    both = ranks.on_two_ranks(ranks.total_gradient, rows)
+    whole = torch.tensor(rows, requires_grad=True)
+    whole.sum(dim=0).square().sum().backward()
+    # the loss is the same on each of the two ranks, so the sum of their losses has twice the gradient
+    assert torch.equal(torch.tensor([gradient for gradient, _ in both]).flatten(0, 1), 2 * whole.grad)
+    assert [summed for _, summed in both] == [[16.0, 20.0]] * 2
 
 
 @pytest.mark.ddp

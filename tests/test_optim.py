@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from sslmed.optim import OptimConfig, build_optimizer, decay_groups, scheduled, warmup_cosine
+from sslmed.optim import OptimConfig, build_optimizer, clip_each, decay_groups, half_cosine, scheduled, warmup_cosine
 from sslmed.training.trainer import TrainConfig, build_trainer
 
 
@@ -210,3 +210,53 @@ def test_a_schedule_with_groups_of_their_own_resumes() -> None:
     rates = [[group["lr"] for group in each["optimizer"].param_groups] for each in (whole, second)]
     assert rates[0] == rates[1]
     assert rates[0][1] > 0
+
+
+def test_a_constant_group_keeps_its_rate() -> None:
+    groups = [{"params": [nn.Parameter(torch.ones(1))], **own} for own in ({}, {"constant": True, "share": 0.5})]
+    rates = rates_of(OptimConfig(lr=0.1, warmup=0.25), groups, 8)
+    assert [constant for _, constant in rates] == [0.05] * 8
+    assert rates[0][0] == 0.0
+
+
+def decays_of(made: dict[str, object], steps: int) -> list[list[float]]:
+    found = []
+    for _ in range(steps):
+        found.append([group["weight_decay"] for group in made["optimizer"].param_groups])
+        made["optimizer"].step()
+        made["lr_scheduler"]["scheduler"].step()
+    return found
+
+
+def test_weight_decay_follows_a_cosine_where_there_is_one_and_resumes() -> None:
+    config = OptimConfig(weight_decay=0.04, final_weight_decay=0.4)
+
+    def made() -> dict[str, object]:
+        return scheduled(config, decay_groups([nn.Linear(2, 2)], config.weight_decay), 256, 10)
+
+    whole, first, second = made(), made(), made()
+    found = decays_of(whole, 11)
+    for step, (decayed, spared) in enumerate(found):
+        assert decayed == pytest.approx(0.4 + (0.04 - 0.4) * (1 + math.cos(math.pi * step / 10)) / 2)
+        assert spared == 0
+    assert (found[0][0], found[10][0]) == (pytest.approx(0.04), pytest.approx(0.4))
+    decays_of(first, 4)
+    second["optimizer"].load_state_dict(first["optimizer"].state_dict())
+    second["lr_scheduler"]["scheduler"].load_state_dict(first["lr_scheduler"]["scheduler"].state_dict())
+    assert decays_of(second, 7) == found[4:]
+    still = scheduled(OptimConfig(weight_decay=0.04), decay_groups([nn.Linear(2, 2)], 0.04), 256, 10)
+    assert {decayed for decayed, _ in decays_of(still, 10)} == {0.04}
+
+
+def test_half_a_cosine_ends_and_stays() -> None:
+    assert [half_cosine(1.0, 3.0, step, 4) for step in (0, 2, 4, 9)] == pytest.approx([1, 2, 3, 3])
+
+
+def test_each_gradient_is_clipped_by_itself() -> None:
+    large, small, without = (nn.Parameter(torch.zeros(2)) for _ in range(3))
+    large.grad, small.grad = torch.tensor([30.0, 40.0]), torch.tensor([0.3, 0.4])
+    clip_each([large, small, without], 3.0)
+    torch.testing.assert_close(large.grad, torch.tensor([1.8, 2.4]))
+    torch.testing.assert_close(small.grad, torch.tensor([0.3, 0.4]))
+    clip_each([without], 3.0)
+    assert without.grad is None

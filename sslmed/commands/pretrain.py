@@ -225,6 +225,7 @@ def _assemble(
     channels, slices = settings.backbone.in_chans, settings.data.slices
     check_channels(channels, store, policy, slices)
     method = METHODS[settings.method.name](settings.method, begun.backbone)  # type: ignore[attr-defined]
+    method.check(settings.train.batch_size)
     positives = _positives(settings, method, store)
     notes = [positives.note()] if positives else []
     notes += method.notes(policy, settings.train.batch_size)

@@ -78,7 +78,7 @@ class DeviceViews:
 
     Args:
         configs: of each view.
-        size: of the views.
+        size: of the input, as `ViewConfig.size` takes it.
         modality: with its windows.
         channels: of the network; a single plane is repeated.
 
@@ -109,7 +109,8 @@ class DeviceViews:
                 raise UsageError(f"backbone.in_chans is {self.channels}, but the store holds {planes}-channel images")
             stream = rng(seed, epoch, sample, f"view{number}")
             geometry = random.Random(int(stream.integers(2**63)))  # noqa: S311
-            drawn[number, :_GEOMETRY] = device_geometry.draw(config, self.size, (shape[0], shape[1]), geometry)
+            size = config.size(self.size)
+            drawn[number, :_GEOMETRY] = device_geometry.draw(config, size, (shape[0], shape[1]), geometry)
             drawn[number, _GEOMETRY:] = device_intensity.draw(config, shape[2:] == (COLOURS,), stream)
         return drawn
 
@@ -137,7 +138,7 @@ class DeviceViews:
         tone: Tone[torch.Tensor] = Tone._make(drawn[:, _GEOMETRY:].unbind(1))
         scale = Scale._make((*images.intensity[..., None, None, None].unbind(1), images.single[:, None, None, None]))
         pixels = images.pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        view = device_geometry.place(pixels, placement, self.size)
+        view = device_geometry.place(pixels, placement, config.size(self.size))
         if config.stain and view.shape[1] == COLOURS:  # before standardisation: densities are logarithms of the light
             view = device_intensity.stained(view, scale, tone)
         view = self._normalise(view, scale, tone)

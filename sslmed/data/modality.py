@@ -237,8 +237,11 @@ def with_views(modality: Modality, overrides: Mapping[str, object]) -> Modality:
 
 def _check_knob(modality: Modality, knob: str, value: Any) -> None:
     if knob not in modality.legal:
+        reason = f"but {modality.name} images do not keep their meaning under it"
+        if knob == "scale":
+            reason = "which is for methods to set, whose views differ in size"
         raise UsageError(
-            f"'views.{knob}' is {value}, but {modality.name} images do not keep their meaning under it; "
+            f"'views.{knob}' is {value}, {reason}; "
             f"remove the key. Allowed for {modality.name}: {', '.join(sorted(modality.legal))}"
         )
     low, high = modality.legal[knob]
@@ -255,8 +258,9 @@ def changed_knobs(modality: Modality) -> set[str]:
 
 
 def set_knobs(view: ViewConfig) -> set[str]:
-    """The knobs that do something: a number other than 0; a range always does."""
-    return {knob for knob in ViewConfig.model_fields if isinstance(getattr(view, knob), tuple) or getattr(view, knob)}
+    """The knobs that do something: a number other than the neutral one; a range always does."""
+    fields = ViewConfig.model_fields
+    return {knob for knob in fields if isinstance(value := getattr(view, knob), tuple) or value != fields[knob].default}
 
 
 def with_windows(modality: Modality, windows: Sequence[str | tuple[float, float]]) -> Modality:

@@ -34,6 +34,7 @@ class ViewConfig(Config):
     """What may happen to one view. Every default is neutral but the crop; a modality says which knobs are legal.
 
     Attributes:
+        scale: sides of the view over those of the input; a method's, for smaller views beside whole ones.
         crop: least and greatest area of the random crop, as fractions of the image.
         aspect: least and greatest width / height of the crop, relative to that of the input (SimCLR, arXiv
             2002.05709, appendix A, where the input is square): how far the image may be stretched.
@@ -55,6 +56,7 @@ class ViewConfig(Config):
             width (CT only).
     """
 
+    scale: Annotated[float, Field(gt=0, le=1)] = 1.0
     crop: tuple[float, float] = (0.5, 1.0)
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: Probability = 0.0
@@ -72,6 +74,11 @@ class ViewConfig(Config):
     noise: Strength = 0.0
     colour: Strength = 0.0
     grey: Probability = 0.0
+
+    def size(self, whole: ImageSize) -> tuple[int, int]:
+        """Height and width of the view, pixels, where the input has ``whole``."""
+        height, width = sides(whole)
+        return max(1, round(height * self.scale)), max(1, round(width * self.scale))
 
     @model_validator(mode="after")
     def _ranges_ascend(self) -> "ViewConfig":
@@ -106,7 +113,7 @@ class Augment:
     def __call__(
         self, pixels: Pixels, intensity: Intensity, *, epoch: int, sample: int, which: slice = ALL
     ) -> list[Pixels]:
-        """The views in ``epoch``: float32, of the input's size, (h, w) or (h, w, n) as the modality normalises them.
+        """The views in ``epoch``: float32, each of its `ViewConfig.size`, (h, w) or (h, w, n), normalised.
 
         Args:
             pixels: (H, W), (H, W, 3) in colour, or (H, W, n), n neighbouring slices.
@@ -156,11 +163,11 @@ class Augment:
         self, number: int, pixels: Pixels, along: Along, intensity: Intensity, epoch: int, sample: int
     ) -> tuple[Pixels, Along]:
         if self._geometry is None:
-            self._geometry = [_geometry(config, self.size, self.tile) for config in self.configs]
+            self._geometry = [_geometry(config, config.size(self.size), self.tile) for config in self.configs]
         config, geometry = self.configs[number], self._geometry[number]
         if self.tile:
             place = rng(self.seed, epoch, sample, f"tile{number}")
-            pixels, along = tiles.cut(pixels, along, sides(self.size), config.rot90, place)
+            pixels, along = tiles.cut(pixels, along, config.size(self.size), config.rot90, place)
         stream = rng(self.seed, epoch, sample, f"view{number}")
         geometry.set_random_state(stream, random.Random(int(stream.integers(2**63))))  # noqa: S311
         moved = geometry(image=pixels, mask=along) if isinstance(along, np.ndarray) else geometry(image=pixels)

@@ -84,6 +84,19 @@ class Method(pl.LightningModule, ABC):
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
         """``loss``, a scalar with gradient; ``embeddings`` (N, D) that must not collapse; any scalars worth logging."""
 
+    def check(self, batch_size: int) -> None:
+        """Refuse settings that do not fit a global batch of ``batch_size``; called before training.
+
+        Raises:
+            UsageError: they do not.
+        """
+
+    def before_step(self, progress: Progress) -> None:
+        """Called when the gradients of a step are there, not when it is skipped: to clip or cancel them.
+
+        ``progress.step`` counts the performed steps before this one, from 0.
+        """
+
     def after_step(self, progress: Progress) -> None:
         """Called once after every performed, not skipped, optimizer step: momentum encoders, queues, temperatures."""
 
@@ -132,9 +145,16 @@ class Method(pl.LightningModule, ABC):
         return scheduled(self._optim, groups, self._batch_size, self._total_steps)
 
     @final
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self.skipped:  # the guard, a callback, has looked at the gradients before
+            self.before_step(self._progress(self.trainer.global_step))
+
+    @final
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         if self.skipped:
             return
-        step = self.trainer.global_step + 1  # Lightning counts this step only after the hook
-        self.after_step(Progress(step, self._total_steps, step // self._steps_per_epoch, self._batch_size))
+        self.after_step(self._progress(self.trainer.global_step + 1))  # Lightning counts this step only after the hook
+
+    def _progress(self, step: int) -> Progress:
+        return Progress(step, self._total_steps, step // self._steps_per_epoch, self._batch_size)

@@ -57,6 +57,7 @@ def test_it_overfits_eight_fixed_scans_without_collapsing(name: str, phantom_sto
         outputs = method.loss(batch)
         optimizer.zero_grad()
         outputs["loss"].backward()
+        method.before_step(Progress(step, goal.steps, step, len(batch.ids)))
         optimizer.step()
         method.after_step(Progress(step + 1, goal.steps, step + 1, len(batch.ids)))
         found.append(outputs[goal.quantity].item())

@@ -30,6 +30,7 @@ VOLUMES = {
     "one voxel": np.array([[[7]]], np.int16),
 }
 ILLEGAL_VALUE = {
+    "scale": 0.5,
     "hflip": 0.5,
     "vflip": 0.5,
     "rot90": 0.5,

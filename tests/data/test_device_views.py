@@ -119,6 +119,16 @@ def test_views_are_those_of_the_cpu(name: str, every: bool, size: Any) -> None:
             torch.testing.assert_close(one, two, rtol=0, atol=5e-4)
 
 
+@pytest.mark.parametrize("size", [SQUARE, WIDE], ids=["square", "wide"])
+def test_smaller_views_are_those_of_the_cpu(size: Any) -> None:
+    modality = configured("xray", every=True)
+    small = replace(modality, view=modality.view.model_copy(update={"scale": 0.5}))
+    images = sources(modality)
+    made, expected = (views(small, images, size, 1)[0] for views in (on_device, on_cpu))
+    assert made.shape[2:] == small.view.size(size) != modality.view.size(size)
+    torch.testing.assert_close(made, expected, rtol=0, atol=5e-4)
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
 @pytest.mark.parametrize("depth", [(), (3,)], ids=["grey", "colour"])
 def test_every_stored_dtype_to_its_rounding(dtype: str, depth: tuple[int, ...]) -> None:

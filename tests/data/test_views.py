@@ -117,7 +117,18 @@ def test_neutral_does_nothing(pixels: np.ndarray) -> None:
 
 
 def test_every_knob_is_tried_here() -> None:
-    assert set(KNOBS) == set(ViewConfig.model_fields)
+    assert set(KNOBS) == set(ViewConfig.model_fields) - {"scale"}
+
+
+@pytest.mark.parametrize("tile", [False, True])
+def test_views_of_their_own_size_show_what_a_view_of_that_size_shows(tile: bool) -> None:
+    configs = (ViewConfig(rotate=20), ViewConfig(rotate=20, scale=0.5))
+    whole, local = Augment(configs, SIZE, as_it_is, seed=3, tile=tile)(GREY, to(1), epoch=1, sample=2)
+    assert whole.shape == (SIZE, SIZE)
+    assert local.shape == (SIZE // 2, SIZE // 2)
+    alone = Augment((configs[0], ViewConfig(rotate=20)), SIZE // 2, as_it_is, seed=3, tile=tile)
+    np.testing.assert_array_equal(local, alone(GREY, to(1), epoch=1, sample=2)[1])
+    assert ViewConfig(scale=0.43).size((224, 100)) == (96, 43)
 
 
 @pytest.mark.parametrize("knob", KNOBS)

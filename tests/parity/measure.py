@@ -5,7 +5,7 @@ from importlib import import_module
 
 import ranks
 import torch
-from cases import Case
+from case import Case
 
 from sslmed.data.loading import Batch
 from sslmed.data.modality import MODALITIES
@@ -40,7 +40,9 @@ def against(case: Case, oracle: Callable[..., torch.Tensor]) -> tuple[float, flo
 
 def two_processes(case: Case, sabotage: str | None = None) -> tuple[float, float]:
     """Two processes that hold half of the rows each, gradients averaged as DDP does, and one."""
-    answers = ranks.on_two_ranks(ranks.loss_gradient, case.loss, case.inputs(), case.settings, case.by, sabotage)
+    answers = ranks.on_two_ranks(
+        ranks.loss_gradient, case.loss, case.inputs(), case.settings, case.by, sabotage, case.shared
+    )
     gradients = torch.stack([torch.cat(parts) for parts in zip(*(answer[1] for answer in answers), strict=True)])
     return apart((answers[0][0], gradients), value_and_gradient(case, ours(case)))
 
@@ -49,8 +51,11 @@ def images(name: str, rows: int = 8) -> Batch:
     """Textured images, the views related, as the method takes them."""
     generator = torch.Generator().manual_seed(0)
     base = torch.rand(rows, 1, 32, 32, generator=generator)
-    count = len(ranks.small_method(name).views(MODALITIES["xray"]))
-    views = [4 * base - 2 + 0.2 * torch.randn(base.shape, generator=generator) for _ in range(count)]
+    views = []
+    for config in ranks.small_method(name).views(MODALITIES["xray"]):
+        view = 4 * base - 2 + 0.2 * torch.randn(base.shape, generator=generator)
+        side = round(config.scale * view.shape[-1])
+        views.append(view[..., :side, :side].contiguous())
     ids = torch.arange(rows)
     return Batch(views=views, target=ids, ids=ids, groups=ids, seed=0, epoch=0)
 

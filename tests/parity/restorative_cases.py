@@ -1,0 +1,5 @@
+"""Cases of restoration."""
+
+from case import Case
+
+CASES: list[Case] = []
