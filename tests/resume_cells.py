@@ -18,7 +18,7 @@ import pytorch_lightning as pl
 import ranks
 import torch
 
-METHODS = ("simclr", "byol", "mae", "rotation")
+METHODS = ("simclr", "byol", "mae", "rotation")  # of the matrix; of the others there is a cell each
 STOPS = {"mid-epoch 0": (2,), "epoch end": (4,), "mid-epoch 1": (6,), "twice": (3, 7)}
 HOWS = ("kill -9", "SIGTERM")
 STEPS, BATCH, EPOCH = 9, 8, 4
@@ -153,7 +153,7 @@ def _segment(cell: Cell, store: Any, folder: Path, recorder: Recorder, resume: b
             dataset,
             rows,
             train,
-            OptimConfig(),
+            OptimConfig(final_weight_decay=0.01),  # one that moves
             run,
             monitor=monitor,
             workers=cell.workers,

@@ -11,12 +11,14 @@ import resume_cells
 from resume_cells import Cell, Outcome
 
 from sslmed.data.store import Store
+from sslmed.methods import METHODS
 
 TABLE = Path(__file__).parents[2] / "docs" / "resume_matrix.md"
 COMMAND = "pytest tests/commands/test_resume_matrix.py -m slow"
 HERE = resume_cells.all_cells((1,))
 QUICK = [cell for cell in HERE if not cell.workers and cell.accumulate == 2 and cell.how == "kill -9"]
 COVER = resume_cells.pairwise()
+OTHERS = [Cell(name, 1, "twice", 0, 2, "kill -9") for name in METHODS if name not in resume_cells.METHODS]
 _undisturbed: dict[Cell, Outcome] = {}
 
 
@@ -38,6 +40,11 @@ def check(cell: Cell, store: Store, folder: Path) -> None:
 
 @pytest.mark.parametrize("cell", QUICK, ids=str)
 def test_a_stopped_training_ends_as_if_nothing_had_been(cell: Cell, phantom_store: Store, tmp_path: Path) -> None:
+    check(cell, phantom_store, tmp_path)
+
+
+@pytest.mark.parametrize("cell", OTHERS, ids=str)
+def test_every_other_method_does_too(cell: Cell, phantom_store: Store, tmp_path: Path) -> None:
     check(cell, phantom_store, tmp_path)
 
 

@@ -1,0 +1,185 @@
+"""The page that methods.py writes: which method for which images, every score, and what pretraining took."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import xrays
+
+from sslmed.evaluation import comparison
+from sslmed.methods import METHODS
+
+if TYPE_CHECKING:
+    from methods import Bench
+
+SHOWN_PROBE, SHOWN_BUDGET = "linear", "10%"  # of the table of choice
+BETTER, WORSE = "better than random", "worse than random"
+
+
+def page(benches: "Mapping[str, Bench]", command: str) -> str:
+    """All of it, from finished cells; what is missing is computed."""
+    probed = [bench for bench in benches.values() if bench.about.target]
+    (nerves,) = (bench for bench in benches.values() if not bench.about.target)
+    sections = "\n".join(f"## {bench.name.capitalize()}\n\n{_scores(bench)}" for bench in probed)
+    return f"""# Pretext tasks side by side
+
+Written by `{command}`; do not edit.
+
+{_protocol(probed)}
+
+## Which method for my data
+
+Frozen features, a {SHOWN_PROBE} probe from {SHOWN_BUDGET} of the labels, and Dice after fine-tuning on 20 ultrasound
+images; mean [95 %]. In brackets behind: the difference to random weights of the same network. "=" is no difference
+shown, "−" worse than random. `time` and `memory` are those of a training step beside SimCLR's (`method_costs.py`).
+
+{_choice(probed, nerves)}
+
+{_words(probed, nerves)}
+
+{sections}
+## Segmentation of nerves from 20 images
+
+{nerves.about.title}: {_sizes(nerves)}. Pretrained on the train images, then fine-tuned on 20 of them, {{len}} seeds of
+draw, head and order; Dice on test images, mean over structures, each beside random weights of its own network.
+
+{_dice(nerves)}
+
+## What pretraining took
+
+{_took(benches)}
+""".replace("{len}", "three")
+
+
+def _protocol(probed: "list[Bench]") -> str:
+    parts = "\n".join(f"- **{bench.name}**: {bench.about.title}; {_sizes(bench)}." for bench in probed)
+    return f"""{parts}
+
+Every method gets the compute of five minutes of SimCLR on one CPU core (`steps` are fewer where one costs more), at 96
+pixels, with the settings of its X-ray recipe. AUROC on test patients, mean over 5 label draws by patient [95 %, 2000
+patient bootstraps]; differences are to random weights of the same network, drawn anew for every label draw, and paired
+by patient. Intervals cover the choice of test patients, not another seed of pretraining: there was one. Five minutes
+are little, and methods differ in how soon they begin to learn; what wins after days is another question (the papers'
+numbers: each method's page).
+
+`imagenet` is the frozen ImageNet network, `continued` goes on from it with SimCLR, `pca` are principal components of
+the pixels."""
+
+
+def _sizes(bench: "Bench") -> str:
+    rows = {side: bench.store.rows(side) for side in ("train", "test")}
+    return ", ".join(f"{len(each)} {side} images" for side, each in rows.items())
+
+
+def _row(rows: list[dict[str, Any]], arm: str, probe: str, budget: str) -> dict[str, Any] | None:
+    wanted = {"arm": arm, "probe": probe, "budget": budget}
+    return next((row for row in rows if wanted.items() <= row.items()), None)
+
+
+def _shown(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "failed"
+    sign = "" if row["verdict"].startswith(BETTER) else " −" if row["verdict"].startswith(WORSE) else " ="
+    return f"{xrays.interval(row['value'])} ({row['difference']['mean']:+.3f}{sign})"
+
+
+def _picked(bench: "Bench") -> dict[str, dict[str, Any] | None]:
+    """The row of each arm that the table of choice shows."""
+    if not bench.about.target:
+        arms = [arm for arm in bench.arms if arm in METHODS]
+        return {arm: next((row for row in bench.dice(arm) if row["arm"] == arm), None) for arm in arms}
+    return {arm: _row(bench.probe(arm), arm, SHOWN_PROBE, SHOWN_BUDGET) for arm in bench.arms}
+
+
+def _choice(probed: "list[Bench]", nerves: "Bench") -> str:
+    picked = {bench.name: _picked(bench) for bench in [*probed, nerves]}
+    rows = []
+    for arm in probed[0].arms:
+        cells = [_shown(found[arm]) if arm in found else "" for found in picked.values()]
+        rows.append([arm, probed[0].family(arm), *cells, *_cost(probed[0], arm)])
+    return xrays.grid(["method", "network", *(f"{name}" for name in picked), "time", "memory"], rows)
+
+
+def _cost(bench: "Bench", arm: str) -> list[str]:
+    from method_costs import cost
+
+    if arm not in METHODS:
+        return ["", ""]
+    found = cost(bench.cells, arm, bench.xrays)
+    return [f"{found['with views']:.2f}", f"{found['memory']:.2f}"]
+
+
+def _words(probed: "list[Bench]", nerves: "Bench") -> str:
+    """What the table allows one to say of each set: who leads, and who shows nothing."""
+    lines = []
+    for bench in [*probed, nerves]:
+        found = {arm: row for arm, row in _picked(bench).items() if row is not None}
+        best = max(found, key=lambda arm: found[arm]["value"]["mean"])
+        level = found[best]["value"]["low"]
+        near = [arm for arm in found if arm != best and found[arm]["value"]["mean"] >= level]
+        nulls = [arm for arm in found if "no difference" in found[arm]["verdict"]]
+        worse = [arm for arm in found if found[arm]["verdict"].startswith(WORSE)]
+        line = f"- **{bench.name}**: highest is `{best}`"
+        line += f"; within its interval: {_list(near)}" if near else "; no other is within its interval"
+        line += f". No difference to random weights shown: {_list(nulls)}."
+        line += f" Worse than random weights: {_list(worse)}."
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _list(arms: list[str]) -> str:
+    return ", ".join(f"`{arm}`" for arm in arms) or "none"
+
+
+def _scores(bench: "Bench") -> str:
+    parts = []
+    for probe in comparison.PROBES:
+        rows = []
+        for budget in bench.about.budgets.split(","):
+            random: dict[str, dict[str, Any]] = {}
+            for arm in bench.arms:
+                found = bench.probe(arm)
+                row = _row(found, arm, probe, budget)
+                if row is None:
+                    rows.append([budget, bench.family(arm), arm, "failed", "", ""])
+                    continue
+                rows.append(_line(row, budget, bench.family(arm)))
+                random[bench.family(arm)] = _row(found, "random", probe, budget) or {}
+            rows += [_line(row, budget, family) for family, row in random.items()]
+        parts.append(
+            f"### {bench.name}, {probe}\n\n"
+            + xrays.grid(["labels", "network", "arm", "AUROC", "less random", "verdict"], rows)
+            + "\n"
+        )
+    return "\n".join(parts)
+
+
+def _line(row: dict[str, Any], budget: str, family: str) -> list[str]:
+    difference = xrays.interval(row["difference"], "+")
+    return [budget, family, row["arm"], xrays.interval(row["value"]), difference, row["verdict"] or ""]
+
+
+def _dice(bench: "Bench") -> str:
+    rows = []
+    for arm in (arm for arm in bench.arms if arm in METHODS):
+        found = bench.dice(arm)
+        own, random = (next((row for row in found if row["arm"] == each), None) for each in (arm, "random"))
+        if own is None or random is None:
+            rows.append([arm, bench.family(arm), "failed", "", "", ""])
+            continue
+        values = [xrays.interval(own["value"]), xrays.interval(random["value"]), xrays.interval(own["difference"], "+")]
+        rows.append([arm, bench.family(arm), *values, own["verdict"]])
+    return xrays.grid(["method", "network", "Dice", "random", "difference", "verdict"], rows)
+
+
+def _took(benches: "Mapping[str, Bench]") -> str:
+    rows = []
+    for name, bench in benches.items():
+        for arm in bench.arms:
+            if arm not in METHODS and arm != "continued":
+                continue
+            result = bench.pretrained(arm)
+            made = bench.cells.made(f"{name}-pretrain-{arm}")
+            last = result.get("failed") or ", ".join(f"{key} {value}" for key, value in result["metrics"].items())
+            about = [f"{made['cpu_seconds']:.0f}", made["device"], made["commit"]]
+            rows.append([name, arm, str(result.get("steps", "")), last, *about])
+    return xrays.grid(["images", "method", "steps", "at the end", "CPU seconds", "device", "commit"], rows)
