@@ -3,10 +3,10 @@
     python benchmarks/methods.py --data ../shared/data --imagenet efficientnet_lite0.pth
 
 Two sets of images, chest X-rays and histology. Every method gets the compute that SimCLR needs for as many steps as
-take five minutes of one CPU core: fewer steps where a step of it takes longer (`method_costs.py`). Then frozen features,
-nearest neighbours and a logistic regression, by label budget, with patient-level intervals, each arm against random
-weights of its own network. Masked and restorative methods are also pretrained on ultrasound, and fine-tuned for
-segmentation on 20 images.
+take five minutes of one CPU core: fewer where a step takes longer (`method_costs.py`). Then frozen features, nearest
+neighbours and a logistic regression, by label budget, with patient-level intervals, each arm against random weights of
+its own network. Masked and restorative methods are also pretrained on ultrasound, and fine-tuned for segmentation on 20
+images.
 
 ``--imagenet`` is a state dict of tf_efficientnet_lite0 (see README). Fills benchmarks/results/methods/ cell by cell and
 writes docs/method_comparison.md. ``--only xray-simclr nerves-mae table`` does a part; two processes may share the work.
