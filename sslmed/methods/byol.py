@@ -9,12 +9,15 @@ from torch import nn
 
 from sslmed import config
 from sslmed.data.loading import Batch
-from sslmed.data.modality import Modality, changed_knobs
+from sslmed.data.modality import Modality
+from sslmed.data.view_pairs import asymmetric, asymmetry_notes
 from sslmed.data.views import ViewConfig
 from sslmed.methods.method import Method, Overfit, Progress
 from sslmed.models.backbones import Backbone
-from sslmed.models.momentum import cosine_momentum, follow, follower, rescaled_momentum
-from sslmed.optim import REFERENCE_BATCH
+from sslmed.models.momentum import cosine_momentum, follow, follower
+from sslmed.models.momentum_rules import MomentumRule, momentum_at, momentum_notes
+from sslmed.models.perceptrons import perceptron
+from sslmed.models.twins import twin_accuracy
 
 
 class BYOLConfig(config.Config):
@@ -34,7 +37,7 @@ class BYOLConfig(config.Config):
 
     name: Literal["byol"] = "byol"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    momentum_rule: Literal["scaled", "constant"] = "scaled"
+    momentum_rule: MomentumRule = "scaled"
     hidden: Annotated[int, Field(ge=1)] = 4096
     out: Annotated[int, Field(ge=2)] = 256
     asymmetric: bool = True
@@ -53,35 +56,20 @@ class BYOL(Method):
 
     def __init__(self, config: BYOLConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        self.projector = mlp(backbone.num_features, config.hidden, config.out)
-        self.predictor = mlp(config.out, config.hidden, config.out)
+        # a bias before BatchNorm and none at the end (section 3.3; reference networks.py)
+        self.projector = perceptron([backbone.num_features, config.hidden, config.out], bias=True)
+        self.predictor = perceptron([config.out, config.hidden, config.out], bias=True)
         self.target_backbone = follower(self.backbone)
         self.target_projector = follower(self.projector)
 
     def views(self, modality: Modality) -> tuple[ViewConfig, ...]:
-        """The paper's asymmetry (table 6) needs solarisation; where that is legal, so is a blur of every first view."""
-        view = modality.view
-        if not (self.config.asymmetric and "solarize" in modality.legal):
-            return view, view
-        return (
-            view.model_copy(update={"blur": 1.0, "solarize": 0.0}),
-            view.model_copy(update={"blur": 0.1, "solarize": 0.2}),
-        )
+        """The paper's asymmetry (table 6) needs solarisation; where that is not legal both are alike."""
+        return asymmetric(modality) if self.config.asymmetric else (modality.view, modality.view)
 
     def notes(self, modality: Modality, batch_size: int) -> list[str]:
         """What the momentum becomes at this batch size, and which settings of views do nothing."""
-        found = []
-        momentum = self.base_momentum(batch_size)
-        if momentum != self.config.momentum:
-            found.append(
-                f"method.momentum {self.config.momentum:g} is quoted for batch {REFERENCE_BATCH}; at batch "
-                f"{batch_size} it starts from {momentum:.6g} (method.momentum_rule=constant keeps it)"
-            )
-        idle = changed_knobs(modality) & {"blur", "solarize"}
-        if idle and self.views(modality)[0] != modality.view:
-            names = ", ".join(f"views.{knob}" for knob in sorted(idle))
-            found.append(f"the paper's asymmetric views replace {names}; method.asymmetric=false keeps yours")
-        return found
+        found = momentum_notes(batch_size, self.config.momentum, self.config.momentum_rule)
+        return found + (asymmetry_notes(modality) if self.config.asymmetric else [])
 
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The regression of each view's target projection from the other view's online prediction, both summed."""
@@ -94,7 +82,7 @@ class BYOL(Method):
 
     def after_step(self, progress: Progress) -> None:
         """The target follows, after the step, with the momentum of the step's number counted from 0."""
-        base = self.base_momentum(progress.batch_size)
+        base = momentum_at(progress.batch_size, self.config.momentum, self.config.momentum_rule)
         momentum = cosine_momentum(base, progress.step - 1, progress.total)
         online, average = self.averaged
         follow(average, online, momentum)
@@ -104,12 +92,6 @@ class BYOL(Method):
         """Backbone and projector, and the target's."""
         online = nn.ModuleList([self.backbone, self.projector])
         return online, nn.ModuleList([self.target_backbone, self.target_projector])
-
-    def base_momentum(self, batch_size: int) -> float:
-        """The momentum of the first step at this global batch."""
-        if self.config.momentum_rule == "constant":
-            return self.config.momentum
-        return rescaled_momentum(self.config.momentum, batch_size, REFERENCE_BATCH)
 
     def _each(self, network: nn.Module, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.config.pool_batchnorm:
@@ -133,22 +115,3 @@ def regression_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Ten
         p = F.normalize(prediction.to(precision), dim=1)
         t = F.normalize(target.detach().to(precision), dim=1)
         return (2 - 2 * (p * t).sum(dim=1)).mean()
-
-
-@torch.no_grad()
-def twin_accuracy(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The share of rows whose nearest target, by cosine, is the one of the same image: 1 / N when collapsed."""
-    with torch.autocast(prediction.device.type, enabled=False):  # bf16 cannot tell cosines near 1 apart
-        cosine = F.normalize(prediction.float(), dim=1) @ F.normalize(target.float(), dim=1).T
-    others = cosine - torch.diag_embed(torch.full_like(cosine[0], torch.inf))
-    return (cosine.diagonal() > others.amax(dim=1)).float().mean()
-
-
-def mlp(features: int, hidden: int, out: int) -> nn.Sequential:
-    """Linear with bias, BatchNorm, ReLU, Linear without bias (arXiv 2006.07733, section 3.3; reference networks.py)."""
-    return nn.Sequential(
-        nn.Linear(features, hidden),
-        nn.BatchNorm1d(hidden),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden, out, bias=False),
-    )

@@ -10,8 +10,9 @@ from torch import nn
 
 from sslmed import config
 from sslmed.config import UsageError
+from sslmed.data.geometry_view import geometry_view, idle_knobs
 from sslmed.data.loading import Batch
-from sslmed.data.modality import Modality, changed_knobs
+from sslmed.data.modality import Modality
 from sslmed.data.views import ViewConfig
 from sslmed.methods.method import Method, Overfit
 from sslmed.models.backbones import Backbone, BackboneConfig
@@ -26,7 +27,6 @@ from sslmed.models.masking import (
 )
 from sslmed.models.token_encoder import TokenEncoder
 
-GEOMETRY = ("crop", "aspect", "hflip", "vflip", "rot90", "rotate")
 VARIANCE_FLOOR = 1e-6  # reference; in float16 it would be lost, hence targets in float32
 ROWS = 8  # of pictures
 
@@ -99,12 +99,11 @@ class MAE(Method):
 
     def views(self, modality: Modality) -> tuple[ViewConfig, ...]:
         """One view: the modality's geometry, and intensities as they are, since they are what is predicted."""
-        return (ViewConfig(**{knob: getattr(modality.view, knob) for knob in GEOMETRY}),)
+        return (geometry_view(modality),)
 
     def notes(self, modality: Modality, batch_size: int) -> list[str]:
         """Names the settings of views that do nothing here."""
-        idle = [f"views.{knob}" for knob in sorted(changed_knobs(modality) - set(GEOMETRY))]
-        return [f"mae predicts true intensities: {', '.join(idle)} has no effect"] if idle else []
+        return idle_knobs(modality, self.config.name)
 
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The error of the predicted pixels on hidden patches; the embedding is the mean of the visible tokens."""

@@ -10,10 +10,11 @@ import torch
 from scipy.stats import chi2
 
 from sslmed.config import UsageError
+from sslmed.data.geometry_view import GEOMETRY
 from sslmed.data.loading import Batch
 from sslmed.data.modality import MODALITIES, with_views
 from sslmed.image_size import ImageSize
-from sslmed.methods.mae import GEOMETRY, MAE, MAEConfig, reconstruction_error
+from sslmed.methods.mae import MAE, MAEConfig, reconstruction_error
 from sslmed.models.backbones import BackboneConfig, build
 from sslmed.models.decoders import sine_cosine_positions
 from sslmed.models.masking import patchify
