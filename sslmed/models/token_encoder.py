@@ -50,6 +50,14 @@ class TokenEncoder:
         patches: torch.Tensor = self.network.patch_embed(images)
         return patches
 
+    def cover(self, patches: torch.Tensor, hidden: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        """What ``embed`` gave, with ``token`` (width,) in place of every hidden patch, which keeps its position.
+
+        Args:
+            hidden: (N, L), true where a patch is hidden.
+        """
+        return torch.where(hidden.view(*patches.shape[:-1], 1), token.to(patches.dtype), patches)
+
     def encode(self, patches: torch.Tensor, keep_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Normalised tokens (N, prefix + K, width) of what ``embed`` gave.
 

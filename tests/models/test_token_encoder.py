@@ -109,3 +109,21 @@ def test_fixed_positions_are_those_of_the_patches(settings: dict[str, Any]) -> N
 def test_what_cannot_be_opened_is_refused_in_words(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         opened(settings, 64)
+
+
+@every_network
+def test_covered_patches_keep_their_positions_and_lose_their_pixels(settings: dict[str, Any]) -> None:
+    _, encoder = opened(settings)
+    images, hidden = torch.randn(2, 1, *SIZE), torch.rand(2, 24, generator=torch.Generator().manual_seed(0)) < 0.4
+    token = torch.randn(encoder.width)
+    patches = encoder.embed(images)
+    covered = encoder.cover(patches, hidden, token)
+    assert covered.shape == patches.shape
+    flat, before = (each.flatten(1, -2) for each in (covered, patches))
+    assert torch.equal(flat[hidden], token.expand(int(hidden.sum()), -1))
+    assert torch.equal(flat[~hidden], before[~hidden])
+    with torch.no_grad():
+        found = encoder.encode(covered)
+        other = encoder.encode(encoder.cover(patches + 5 * hidden.view(*patches.shape[:-1], 1), hidden, token))
+        torch.testing.assert_close(found, other)
+        assert found.shape == (2, encoder.prefix + 24, encoder.width)
