@@ -30,6 +30,13 @@ def random_mask(noise: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Ten
     return keep_ids, hidden
 
 
+def enlarged(mask: torch.Tensor, units: tuple[int, int], times: tuple[int, int]) -> torch.Tensor:
+    """A mask (N, U) of ``units`` rows and columns as one of patches (N, L), ``times`` as many down and across."""
+    grid = mask.unflatten(1, units)
+    larger: torch.Tensor = grid.repeat_interleave(times[0], dim=1).repeat_interleave(times[1], dim=2)
+    return larger.flatten(1)
+
+
 def foreground_mask(
     noise: torch.Tensor, foreground: torch.Tensor, keep: int, ratio: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

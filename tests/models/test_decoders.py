@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sslmed.config import UsageError
-from sslmed.models.decoders import MAEDecoder, sine_cosine_positions, xavier
+from sslmed.models.decoders import JEPAPredictor, MAEDecoder, sine_cosine_positions, truncated, xavier
 
 GRID, WIDTH, VALUES = (3, 5), 16, 12
 
@@ -127,3 +127,75 @@ def test_the_prefix_is_heard() -> None:
     other = tokens.clone()
     other[:, 0] += 1
     assert not torch.allclose(module(other, keep_ids), module(tokens, keep_ids))
+
+
+# I-JEPA's predictor.
+
+
+def predictor(depth: int = 2) -> JEPAPredictor:
+    torch.manual_seed(0)
+    return JEPAPredictor(8, GRID, WIDTH, depth, 4).double()
+
+
+def asked(count: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens of five patches, where they were, and three blocks of two patches."""
+    context = torch.randn(count, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    context_ids = torch.tensor([[0, 3, 7, 8, 14], [1, 2, 4, 9, 10]])[:count]
+    target_ids = torch.tensor([[[5, 6], [10, 11], [12, 13]], [[0, 5], [6, 7], [13, 14]]])[:count]
+    return context, context_ids, target_ids
+
+
+def test_the_predictors_names_are_the_references() -> None:
+    names = {name.split(".")[0] for name in predictor().state_dict()}
+    assert names == {
+        "predictor_embed",
+        "mask_token",
+        "predictor_pos_embed",
+        "predictor_blocks",
+        "predictor_norm",
+        "predictor_proj",
+    }
+    assert torch.equal(predictor().predictor_pos_embed[0].float(), sine_cosine_positions(WIDTH, GRID).float())
+
+
+def test_each_block_is_predicted_by_itself_in_the_order_that_was_asked() -> None:
+    module, (context, context_ids, target_ids) = predictor(), asked()
+    with torch.no_grad():
+        whole = module(context, context_ids, target_ids)
+        assert whole.shape == (2, 3, 2, 8)
+        for block in range(3):
+            alone = module(context, context_ids, target_ids[:, [block]])
+            torch.testing.assert_close(alone[:, 0], whole[:, block])
+        turned = module(context, context_ids, target_ids.flip(2))
+        torch.testing.assert_close(turned.flip(2), whole)
+
+
+def test_a_prediction_depends_on_the_contexts_tokens_and_places_not_on_their_order() -> None:
+    module, (context, context_ids, target_ids) = predictor(), asked()
+    order = torch.tensor([4, 2, 0, 1, 3])
+    with torch.no_grad():
+        whole = module(context, context_ids, target_ids)
+        torch.testing.assert_close(module(context[:, order], context_ids[:, order], target_ids), whole)
+        assert not torch.allclose(module(context[:, order], context_ids, target_ids), whole)
+        assert not torch.allclose(module(context, context_ids, (target_ids + 1) % 15), whole)
+
+
+def test_the_predictors_checkpoints_change_no_gradient() -> None:
+    found = []
+    for checkpoints in (False, True):
+        module = predictor()
+        module(*asked(), checkpoints=checkpoints).square().sum().backward()
+        found.append([parameter.grad for parameter in module.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_truncated_weights_shrink_with_depth_and_grow_for_small_patches() -> None:
+    module = nn.Module()
+    module.blocks = predictor(depth=3).predictor_blocks
+    module.embed = nn.Conv2d(1, 400, 7)
+    truncated(module, module.blocks)
+    for number, block in enumerate(module.blocks, 1):
+        for layer, expected in ((block.attn.qkv, 0.02), (block.mlp.fc2, 0.02 / math.sqrt(2 * number))):
+            assert layer.weight.std().item() == pytest.approx(expected, rel=0.1)
+            assert not layer.bias.any()
+    assert module.embed.weight.std().item() == pytest.approx(0.02 * math.sqrt(588 / 49), rel=0.05)

@@ -8,6 +8,7 @@ from scipy.stats import chi2
 from sslmed.config import UsageError
 from sslmed.models.masking import (
     FLAT,
+    enlarged,
     foreground_mask,
     foreground_patches,
     keyed_noise,
@@ -135,3 +136,10 @@ def test_each_sample_gives_its_own_tokens() -> None:
     tokens = torch.arange(2 * 4 * 3).view(2, 4, 3)
     taken = take_tokens(tokens, torch.tensor([[3, 0], [1, 1]]))
     assert torch.equal(taken, torch.stack([tokens[0, [3, 0]], tokens[1, [1, 1]]]))
+
+
+def test_a_mask_of_squares_covers_all_their_patches() -> None:
+    squares = torch.tensor([[True, False, False, False, True, False]])  # 2 rows of 3
+    patches = enlarged(squares, (2, 3), (2, 1)).view(1, 4, 3)
+    assert patches.int().tolist() == [[[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]]]
+    assert torch.equal(enlarged(squares, (2, 3), (1, 1)), squares)

@@ -19,6 +19,20 @@ def patches() -> Inputs:
     }
 
 
+def hidden_pixels() -> Inputs:
+    """The prediction is where the absolute value has its kink for no pixel."""
+    return {
+        "prediction": random(8, 16, 12, seed=5),
+        "patches": 2 * random(8, 16, 12, seed=6) - 1,
+        "hidden": masks(),
+    }
+
+
+def tokens() -> Inputs:
+    """Four blocks of six tokens; errors on both sides of smooth L1's bend at 1."""
+    return {"prediction": 2 * random(8, 4, 6, 10, seed=7), "target": 5 + 3 * random(8, 4, 6, 10, seed=8)}
+
+
 CASES = [
     *(
         Case(
@@ -27,5 +41,13 @@ CASES = [
             "arXiv 2111.06377, sec. 3",
         )
         for norm_pix in (True, False)
+    ),
+    Case(
+        "simmim", "hidden pixels", ("prediction",), "sslmed.methods.simmim.pixel_error", hidden_pixels, {},
+        formulas.simmim, "arXiv 2111.09886, eq. 1",
+    ),
+    Case(
+        "ijepa", "tokens of four blocks", ("prediction",), "sslmed.methods.ijepa.latent_error", tokens, {},
+        formulas.ijepa, "arXiv 2301.08243, eq. 1, as in the reference",
     ),
 ]  # fmt: skip
