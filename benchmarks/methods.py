@@ -155,7 +155,7 @@ class Bench:
 
     def steps(self, arm: str) -> int:
         """As many as take the compute of STEPS steps of SimCLR."""
-        if arm == CONTINUED:
+        if arm in (REFERENCE, CONTINUED):
             return STEPS
         ratio: float = cost(self.cells, arm, self.xrays)["with views"]
         return max(1, round(STEPS / ratio))

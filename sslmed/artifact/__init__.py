@@ -2,6 +2,7 @@
 
 model.safetensors        the backbone
 head.safetensors         the head, for a fine-tuned model
+decoder.safetensors      neck and decoder of a restorative pretext task, from which a segmentation may start
 familiarity.safetensors  mean and covariance of the features of what it was trained on, for a fine-tuned model
 card.json  README.md     what it is, for programs and for people
 fingerprint.safetensors  keyed digests of the patients and images that training saw
@@ -34,6 +35,7 @@ from sslmed.artifact.manifest import read_json
 from sslmed.artifact.page import OVERALL as OVERALL
 from sslmed.artifact.selftest import Answers
 from sslmed.artifact.selftest import SelfTest as SelfTest
+from sslmed.artifact.writing import DECODER as DECODER
 from sslmed.artifact.writing import made as made
 from sslmed.artifact.writing import rewritten as rewritten
 from sslmed.artifact.writing import write as write
@@ -122,6 +124,15 @@ def weights(path: Path | str) -> str:
 def load_head(path: Path | str, head: nn.Module) -> None:
     """Fill ``head`` with the artifact's tensors."""
     _load_tensors(head, resolve(path) / "head.safetensors")
+
+
+def read_decoder(path: Path | str) -> dict[str, torch.Tensor]:
+    """The neck and the decoder beside a backbone whose card names them, by the names of the segmentation head.
+
+    Raises:
+        DataError: their file is missing, or no file of tensors.
+    """
+    return _read_tensors(resolve(path) / DECODER)
 
 
 def read_familiarity(path: Path | str) -> dict[str, torch.Tensor] | None:

@@ -135,6 +135,8 @@ class Card(Config):
         normalisation: the modality's, in words.
         method: pretext task or supervised task, as in the recipe; ``none`` when the backbone was not pretrained.
         recipe: the resolved recipe of the run.
+        decoder: of what kind the neck and decoder of the pretext task are that lie beside the backbone; none where
+            there are none.
         parent: sha256 of the weights that training started from; none when they were random.
         parent_licence: theirs, where it is known.
         stated: what a person has said.
@@ -159,6 +161,7 @@ class Card(Config):
     data: DataCard
     steps: int
     head: HeadCard | None = None
+    decoder: Literal["unet"] | None = None
     parent: str | None = None
     parent_licence: str = ""
     stated: StatedConfig = StatedConfig()

@@ -158,6 +158,7 @@ def _loading(card: Card) -> str:
     name = card.backbone.name
     predict = '\nsslmed.predict("artifact", "images", "out")  # the whole model, with its head'
     whole = predict if card.head else ""
+    start = f"\n\n{_start(card)}" if card.decoder else ""
     return f"""`artifact` is this folder.
 
 ```python
@@ -166,7 +167,15 @@ backbone = sslmed.load_backbone("artifact")  # checks every digest{whole}
 
 import timm
 backbone = timm.create_model("{name}", {options}, checkpoint_path="artifact/model.safetensors")
-```"""
+```{start}"""
+
+
+def _start(card: Card) -> str:
+    return (
+        "`decoder.safetensors` holds the neck and the U-Net decoder of the pretext task, all but the last layer. By\n"
+        f"`sslmed finetune {card.modality}/segmentation --from artifact` a segmentation starts from them too;\n"
+        "`head.decoder=random` leaves them out."
+    )
 
 
 def _checking() -> str:

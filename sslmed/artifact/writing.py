@@ -20,6 +20,8 @@ from sslmed.artifact.selftest import Answers
 from sslmed.config import DiskError, OutputExistsError
 from sslmed.durable import PARTIAL, sync_folder
 
+DECODER = "decoder.safetensors"
+
 
 def write(
     folder: Path,
@@ -29,6 +31,7 @@ def write(
     head: nn.Module | None = None,
     familiarity: dict[str, torch.Tensor] | None = None,
     answers: Answers | None = None,
+    decoder: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write an artifact, whole or not at all, in place of an earlier one of the same run.
 
@@ -38,6 +41,7 @@ def write(
         head: the supervised head.
         familiarity: statistics of the features of what training saw, without a patient's own.
         answers: what the head makes of images; for the self-test.
+        decoder: neck and decoder of the pretext task, which the card names too.
 
     Raises:
         DiskError: disk full, read-only or an I/O error; an earlier artifact is untouched.
@@ -51,6 +55,8 @@ def write(
         _save_tensors(partial / "model.safetensors", _state(network))
         if head is not None:
             _save_tensors(partial / "head.safetensors", _state(head))
+        if decoder is not None:
+            _save_tensors(partial / DECODER, _contiguous(decoder))
         if familiarity is not None:
             _save_tensors(partial / "familiarity.safetensors", familiarity)
         _save_tensors(partial / "fingerprint.safetensors", {"seen": torch.from_numpy(np.array(seen, dtype=np.uint8))})
@@ -151,8 +157,12 @@ def _swap(new: Path, folder: Path) -> None:
 
 
 def _state(module: nn.Module) -> dict[str, torch.Tensor]:
-    # contiguous: safetensors refuses channels_last tensors
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    return _contiguous(module.state_dict())
+
+
+def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # safetensors refuses channels_last tensors
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

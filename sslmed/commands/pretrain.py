@@ -159,7 +159,7 @@ def _conclude(
     """Write the artifact, and what the run returns."""
     data_card, seen = begun.described(artifact.describe(store, rows), artifact.fingerprint(store, rows))
     card = _card(settings, store, data_card, begun, method, fitted.steps, _last(run.path))
-    artifact.write(run.artifact, method.exported, card, seen)
+    artifact.write(run.artifact, method.exported, card, seen, decoder=method.exported_decoder)
     result = PretrainResult(
         str(run.path),
         str(run.artifact),
@@ -332,6 +332,7 @@ def _card(
         recipe=settings.model_dump(mode="json"),
         data=data,
         steps=steps,
+        decoder=None if method.exported_decoder is None else "unet",
         parent=begun.parent,
         parent_licence=begun.licence,
         stated=settings.card,

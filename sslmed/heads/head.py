@@ -1,7 +1,7 @@
 """What every supervised task is: a LightningModule that puts a head on a backbone, in the same shape as a Method."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, final
 
 import pytorch_lightning as pl
@@ -116,6 +116,17 @@ class Head(pl.LightningModule, ABC):
         Raises:
             UsageError: the config names a class that is not among them.
         """
+
+    def start_from(self, decoder: Mapping[str, torch.Tensor] | None) -> tuple[str, ...]:
+        """Take over neck and decoder of a pretext task, before training, where the head has such; what to say of it.
+
+        Args:
+            decoder: tensors by the names that they have in `Segmentation.head`; None where the start has none.
+
+        Raises:
+            DataError: they do not fit.
+        """
+        return ()
 
     def balance(self, counts: torch.Tensor) -> None:
         """Take note of how often the train images show each class, before training; used when the config asks for it.

@@ -1,5 +1,6 @@
 """Segmentation: a class for every pixel, by a U-Net decoder on the backbone's maps."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -7,12 +8,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
+from sslmed.config import DataError
 from sslmed.heads.head import Head, HeadConfig, Kind, Maps, full
 from sslmed.models.backbones import Backbone
 from sslmed.models.pyramids import neck
 from sslmed.models.segmenters import UNetDecoder
 
 VOID = 255  # in a mask: a pixel that counts for nothing
+LAST = "decoder.classifier."  # tensors of the head that are for its own classes
 SMOOTH = 1.0  # pixels; keeps the Dice of a class that a batch does not show from being 0/0
 
 
@@ -24,6 +27,8 @@ class SegmentationConfig(HeadConfig):
             of ``data.size`` pixels at the image's own resolution, in training at random places, afterwards all over the
             image with half of a window's side in common. Images must then be at least as large as a window.
         dice: share of the Dice loss; the rest is cross-entropy.
+        decoder: ``auto``: where the start is of a restorative pretext task, neck and decoder start from it too, all but
+            the last layer; ``random``: from random weights always.
         balance: ``weights``: in the cross-entropy a class counts inversely to the square root of its train pixels.
     """
 
@@ -31,6 +36,7 @@ class SegmentationConfig(HeadConfig):
     input: Literal["whole", "tiles"] = "whole"
     dice: Annotated[float, Field(ge=0, le=1)] = 0.5
     balance: Literal["none", "weights"] = "none"
+    decoder: Literal["auto", "random"] = "auto"
 
     @property
     def weighted(self) -> bool:
@@ -74,6 +80,23 @@ class Segmentation(Head):
     def metrics(self) -> tuple[str, ...]:
         return "dice", "iou", "hd95", "asd"
 
+    def start_from(self, decoder: Mapping[str, torch.Tensor] | None) -> tuple[str, ...]:
+        """Of a restorative pretext task, but for the last layer; not where ``config.decoder`` is ``random``."""
+        if decoder is None:
+            return ()
+        if self.config.decoder == "random":
+            return ("neck and decoder start from random weights (head.decoder=random)",)
+        own = {name: tensor for name, tensor in self.head.state_dict().items() if not name.startswith(LAST)}
+        wrong = sorted(own.keys() ^ decoder.keys()) or [n for n in own if own[n].shape != decoder[n].shape]
+        if wrong:
+            raise DataError(
+                f"the decoder of the start does not fit this head: {_differs(wrong[0], own, decoder)}"
+                f"{f', and {len(wrong) - 1} more' if len(wrong) > 1 else ''}.\n"
+                "Give head.decoder=random, which starts from the backbone alone"
+            )
+        self.head.load_state_dict(dict(decoder), strict=False)
+        return (f"neck and decoder start from the pretraining's: {len(own)} tensors, all but the last layer",)
+
     def balance(self, counts: torch.Tensor) -> None:
         if self.config.balance == "weights":
             rarity = counts.to(torch.float32).clamp_min(1).rsqrt()
@@ -90,6 +113,11 @@ class _Segmenter(nn.Module):
     def forward(self, maps: Maps, size: tuple[int, int]) -> torch.Tensor:
         logits: torch.Tensor = self.decoder(self.neck(maps), size)
         return logits
+
+
+def _differs(name: str, own: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> str:
+    here, there = (f"{tuple(each[name].shape)}" if name in each else "missing" for each in (own, other))
+    return f"{name} is {there} there and {here} here"
 
 
 def dice_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -66,7 +66,7 @@ class Method(pl.LightningModule, ABC):
     example: ClassVar[BackboneConfig] = BackboneConfig(name="test_resnet")
     example_settings: ClassVar[dict[str, Any]] = {}
     overfit: ClassVar[Overfit] = Overfit(steps=60, ratio=0.5)
-    without_gradient: ClassVar[frozenset[str]] = frozenset()
+    without_gradient: frozenset[str] = frozenset()
     sync_batchnorm: ClassVar[bool] = False
 
     def __init__(self, config: Any, backbone: Backbone) -> None:
@@ -121,6 +121,14 @@ class Method(pl.LightningModule, ABC):
     def exported(self) -> nn.Module:
         """The timm network that leaves the run."""
         return self.backbone.network
+
+    @property
+    def exported_decoder(self) -> dict[str, torch.Tensor] | None:
+        """Tensors that leave the run beside that network, by the names of the segmentation head, which may start there.
+
+        Its neck and its decoder without the last layer; nothing where a method has none like them.
+        """
+        return None
 
     @final
     def prepare(self, optim: OptimConfig, batch_size: int, total_steps: int, steps_per_epoch: int) -> None:

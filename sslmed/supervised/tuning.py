@@ -36,6 +36,7 @@ from sslmed.training.early_stopping import EarlyStopping
 from sslmed.training.fit import fit, seed_everything
 from sslmed.training.monitors import MonitorConfig
 from sslmed.training.signals import SignalWatch
+from sslmed.training.starts import Start
 from sslmed.training.trainer import TrainConfig, device, lightning_precision
 
 SCORERS: dict[str, Callable[[Task, Applied], Scorer]] = {
@@ -49,13 +50,17 @@ FAMILIAR = 1000  # train images whose features are described, and at most half a
 
 @dataclass(frozen=True)
 class Job:
-    """A fine-tuning that could begin: everything has been checked, nothing written."""
+    """A fine-tuning that could begin: everything has been checked, nothing written.
+
+    ``lines`` say what the head starts from, where that is worth saying.
+    """
 
     settings: FinetuneRecipe
     begun: Begun
     task: Task
     head: Head
     scorer: Scorer
+    lines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,13 +97,20 @@ def prepare(recipe: FinetuneRecipe, store: Store, source: str | Path) -> Job:
     kind = HEADS[settings.head.name]  # type: ignore[attr-defined]
     head = kind(settings.head, begun.start.backbone, len(task.target.classes), task.target.kind)
     head.named(task.target.classes)
+    lines = head.start_from(_decoder(begun.start))
     if task.tiles and task.target.kind == "boxes":
         _refuse_small_tiles(head, settings.data.size)
     if head.config.weighted:
         head.balance(_counts(task))
     head.prepare(settings.optim, settings.train.batch_size, settings.train.total_steps(len(task.train)), 0)
     applied = Applied(head, task.policy, settings.data.size, task.channels, task.tiles, task.shrunk_to)
-    return Job(settings, begun, task, head, _scorer(task, applied))
+    return Job(settings, begun, task, head, _scorer(task, applied), lines)
+
+
+def _decoder(start: Start) -> dict[str, torch.Tensor] | None:
+    if start.folder is None or start.card is None or start.card.decoder is None:
+        return None
+    return artifact.read_decoder(start.folder)
 
 
 def _refuse_small_tiles(head: Any, size: ImageSize) -> None:
@@ -155,7 +167,7 @@ def train(job: Job, run: Run) -> int:
         TrainingAborted: non-finite loss.
         Interrupted: a signal; the checkpoint is saved.
     """
-    for line in (*job.begun.start.lines, *job.task.skipped):
+    for line in (*job.begun.start.lines, *job.lines, *job.task.skipped):
         run.say(line)
     return _fit(job, run)
 

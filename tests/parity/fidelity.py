@@ -29,15 +29,15 @@ Each loss against the paper's formula, written independently as loops in float64
 against lightly where that computes the same. "value" is the absolute difference; "gradient" is the largest difference
 over the largest gradient, taken by projections, predictions or logits. "two processes" are two gloo ranks with half of
 the rows each, gradients averaged as DDP does, against one process; what a paper defines within a process says so
-there instead. Figures are rounded up to a power of ten; the bar is
-1e-6. A gather without gradient, the usual mistake, leaves the value right and misses the gradient's bar by five orders
-of magnitude: a test shows it.
+there instead. Figures are rounded up to a power of ten; the bar is 1e-6. A gather without gradient, the usual mistake,
+leaves the value right and misses the gradient's bar by five orders of magnitude: a test shows it.
 
 {{losses}}
 
 The whole method on a small network: gradients of all parameters by two processes against one (float64, GroupNorm in
-place of BatchNorm; bars 1e-6 and 1e-5), the loss under bf16 autocast (bar 1e-2), and images of one grey level
-({", ".join(f"{level:g}" for level in FLAT)} in normalised units), whose loss and gradients must be finite.
+place of BatchNorm; bars 1e-6 and 1e-5), the loss under bf16 autocast, over that loss or over 1, whichever is more (bar
+1e-2), and images of one grey level ({", ".join(f"{level:g}" for level in FLAT)} in normalised units), whose loss and
+gradients must be finite.
 
 {{methods}}
 """

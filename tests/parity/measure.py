@@ -72,13 +72,13 @@ def parameter_gradients(name: str) -> tuple[float, float]:
 
 
 def bf16(name: str) -> float:
-    """The relative difference of the whole method's loss under bf16 autocast."""
+    """The difference of the whole method's loss under bf16 autocast, over that loss or over 1, whichever is more."""
     method, batch = ranks.small_method(name), images(name)
     exact = method.loss(batch)["loss"]
     with torch.autocast("cpu", torch.bfloat16):
         rounded = method.loss(batch)["loss"]
     assert rounded.dtype == torch.float32
-    return abs(rounded.item() / exact.item() - 1)
+    return abs(rounded.item() - exact.item()) / max(1.0, abs(exact.item()))
 
 
 def flat_is_finite(name: str, level: float) -> bool:
