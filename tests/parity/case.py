@@ -21,7 +21,6 @@ class Case:
         source: where the formula stands.
         lightly: the same by lightly, where that is right.
         shared: inputs that every process has whole, such as a queue; none of ``by``.
-        per_rank: why one process and two differ, where the paper defines the loss within a process.
     """
 
     method: str
@@ -34,7 +33,6 @@ class Case:
     source: str
     lightly: Callable[..., torch.Tensor] | None = None
     shared: tuple[str, ...] = ()
-    per_rank: str = ""
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
