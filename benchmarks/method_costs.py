@@ -9,10 +9,11 @@ SimCLR take turns, and a ratio is that of one turn, in CPU time. ``step`` is the
 Memory is counted, not sampled, so that it is the same everywhere: weights, buffers, gradients, two moments of whatever
 is trained, and what is kept from the loss for its gradient. The peak of a real process is a little higher.
 
-Fills benchmarks/results/methods/; docs/methods.md quotes it.
+Fills benchmarks/results/methods/, and the columns ``time`` (with views) and ``memory`` of docs/methods.md.
 """
 
 import argparse
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,23 +36,40 @@ from sslmed.recipe import PretrainRecipe, load_pretrain
 from sslmed.shipped import shipped
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "methods"
+RESULTS, PAGE = HERE / "results" / "methods", HERE.parent / "docs" / "methods.md"
 COMMAND = "python benchmarks/method_costs.py --source ../shared/data/xray_pneumonia"
 ROUNDS, WARM = 5, 1
 MOMENTS = 2  # of AdamW, which all recipes use here
 REFERENCE = "simclr"
+TIME = 3  # the column of the page's table; that of memory follows
 
 
 def main() -> None:
-    """Measure what is missing and print all."""
+    """Measure what is missing, print all, and fill in the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="the folder of xray_pneumonia")
     parser.add_argument("--work", type=Path, default=HERE / "work" / "methods", help="the store; not committed")
     given = parser.parse_args()
     torch.set_num_threads(1)
     store, cells = xrays.open_store(given.source, given.work), Cells(RESULTS, COMMAND)
+    found = {}
     for name in METHODS:
-        print(f"{name:20}", cost(cells, name, store), flush=True)
+        found[name] = cost(cells, name, store)
+        print(f"{name:20}", found[name], flush=True)
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+
+
+def filled(page: str, costs: dict[str, dict[str, Any]]) -> str:
+    """The page with time and memory in the row of each method, which begins with its linked name."""
+    lines = page.splitlines(keepends=True)
+    for number, line in enumerate(lines):
+        name = re.match(r"\| \[`(\w+)`\]", line)
+        if name and name[1] in costs:
+            cells = line.split(" | ")
+            cells[TIME] = f"{costs[name[1]]['with views']:.2f}"
+            cells[TIME + 1] = f"{costs[name[1]]['memory']:.2f}"
+            lines[number] = " | ".join(cells)
+    return "".join(lines)
 
 
 def cost(cells: Cells, name: str, store: Store) -> dict[str, Any]:

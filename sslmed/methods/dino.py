@@ -1,9 +1,10 @@
 """DINO: self-distillation with no labels (Caron et al., arXiv 2104.14294)."""
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from sslmed.data.loading import Batch
@@ -32,10 +33,14 @@ class DINOConfig(MultiCropConfig, DistillationConfig):
 
     Attributes:
         local_views: see `MultiCropConfig`; 8 in the paper, 10 in the reference's longest trainings.
+        head_batchnorm: BatchNorm after the head's hidden layers, the reference's ``use_bn_in_head``. For networks that
+            have BatchNorm themselves: on small sets such a network makes nearly the same of all images at first, and
+            without it the outputs become uniform. A transformer needs none.
     """
 
     name: Literal["dino"] = "dino"
-    local_views: int = 8
+    local_views: Annotated[int, Field(ge=0, le=32)] = 8
+    head_batchnorm: bool = False
 
 
 class DINO(Method):
@@ -58,7 +63,7 @@ class DINO(Method):
     def __init__(self, config: DINOConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         self.local_scale = accept_scale(backbone, config.local_scale) if config.local_views else 1.0
-        self.head = DistillationHead(backbone.num_features, config)
+        self.head = DistillationHead(backbone.num_features, config, config.head_batchnorm)
         self.teacher_backbone = follower(self.backbone)
         self.teacher_head = follower(self.head)
         self.centre = Centre(config.out, config.centre_momentum)

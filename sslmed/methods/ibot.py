@@ -52,8 +52,8 @@ class IBOTConfig(MultiCropConfig, DistillationConfig):
     """
 
     name: Literal["ibot"] = "ibot"
-    local_views: int = 10
-    out: int = 8192
+    local_views: Annotated[int, Field(ge=0, le=32)] = 10
+    out: Annotated[int, Field(ge=2)] = 8192
     shared_head: bool = True
     masked_views: Annotated[float, Field(gt=0, le=1)] = 0.5
     mask_ratio: tuple[Ratio, Ratio] = (0.1, 0.5)
@@ -133,9 +133,11 @@ class IBOT(Method):
             seen = self.teacher_encoder.encode(self.teacher_encoder.embed(whole))
             taught = self.teacher_head.embed(seen[:, 0]).unflatten(0, (GLOBAL_VIEWS, -1))
             teacher = self.teacher_head.logits(taught)
-            patches = self.teacher_patch_head(seen[:, self.encoder.prefix :])
+            patches = self.teacher_patch_head.embed(seen[:, self.encoder.prefix :])
+            means = self.teacher_patch_head.logits(patches.mean(dim=1))  # of all logits, which are linear
+            taught_patches = self.teacher_patch_head.logits(patches[hidden])
         self.centre.note(self, teacher)
-        self.patch_centre.note(self, patches)
+        self.patch_centre.note(self, means)
         embedded = self.head.embed(classes)
         of_classes = distillation_loss(
             self.head.logits(embedded).transpose(0, 1),
@@ -146,7 +148,7 @@ class IBOT(Method):
         )
         student = self.patch_head(tokens[:, self.encoder.prefix :][hidden])
         of_patches = patch_loss(
-            student, patches[hidden], hidden, self.patch_centre.value, config.student_temperature, temperature
+            student, taught_patches, hidden, self.patch_centre.value, config.student_temperature, temperature
         )
         loss = of_classes + config.patch_weight * of_patches
         found = {"class_loss": of_classes, "patch_loss": of_patches}

@@ -73,7 +73,7 @@ class IJEPA(Method):
     Config = IJEPAConfig
     example = BackboneConfig(name="test_vit", patch=4)
     example_settings: ClassVar[dict[str, Any]] = {"predictor_width": 32, "predictor_depth": 1, "predictor_heads": 4}
-    overfit = Overfit(steps=60, ratio=0.5)
+    overfit = Overfit(steps=100, ratio=0.5)
     config: IJEPAConfig
 
     def __init__(self, config: IJEPAConfig, backbone: Backbone) -> None:

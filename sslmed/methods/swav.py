@@ -108,11 +108,11 @@ class SwAV(Method):
             whole = embedded[:GLOBAL_VIEWS].detach().float().transpose(0, 1).contiguous()
             self._pending.add(self, distributed.gather(whole).transpose(0, 1))
         loss = swapped_prediction(scores, config.temperature, config.epsilon, config.iterations, earlier)
-        used = scores[:, 0].detach().argmax(dim=1).unique().numel()
+        used = torch.zeros_like(scores[0, 0]).index_fill(0, scores[:, 0].detach().argmax(dim=1), 1)
         return {
             "loss": loss,
             "embeddings": embedded[0],
-            "prototypes_used": torch.tensor(used / config.prototypes, device=loss.device),
+            "prototypes_used": used.float().mean(),
         }
 
     def before_step(self, progress: Progress) -> None:

@@ -156,8 +156,9 @@ def xavier(module: nn.Module) -> None:
 def truncated(module: nn.Module, blocks: nn.ModuleList | nn.Sequential) -> None:
     """I-JEPA's initial weights: normal of deviation 0.02, biases 0, LayerNorm 1 and 0.
 
-    The patch embedding is drawn wider where patches have fewer values than the reference's 14 x 14 x 3, so that tokens
-    vary as much as there: small grey patches would drown in the positions. The last layers of attention and MLP of
+    The patch embedding is drawn from 1 / sqrt(values of a patch), so that tokens of standardised pixels vary by about
+    1, a little more than their positions: the reference's 0.02, half as much for its patches of 14 x 14 x 3, lets small
+    grey patches drown in them, and features collapse (docs/methods/masked.md). The last layers of attention and MLP of
     block number n, from 1, are divided by sqrt(2 n), so that the sum over blocks does not grow (ijepa,
     src/models/vision_transformer.py).
     """
@@ -165,7 +166,7 @@ def truncated(module: nn.Module, blocks: nn.ModuleList | nn.Sequential) -> None:
         if isinstance(layer, nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=0.02)
         elif isinstance(layer, nn.Conv2d):
-            nn.init.trunc_normal_(layer.weight, std=0.02 * math.sqrt(14 * 14 * 3 / layer.weight[0].numel()))
+            nn.init.trunc_normal_(layer.weight, std=1 / math.sqrt(layer.weight[0].numel()))
         elif isinstance(layer, nn.LayerNorm) and layer.elementwise_affine:
             nn.init.ones_(layer.weight)
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.LayerNorm) and layer.bias is not None:

@@ -22,9 +22,6 @@ class DistillationConfig(Config):
         out: prototypes, the width of the output. On a few thousand images a thousand are plenty.
         hidden: width of the head's two hidden layers.
         bottleneck: width of what is normalised before the last layer.
-        head_batchnorm: BatchNorm after the head's hidden layers, the reference's ``use_bn_in_head``. For networks that
-            have BatchNorm themselves: on small sets such a network makes nearly the same of all images at first, and
-            without it the outputs become uniform. A transformer needs none.
         norm_last_layer: keep the last layer's rows of length 1; ``false`` lets their lengths train, as the reference
             does for its smallest transformer.
         student_temperature: of the student's softmax.
@@ -44,7 +41,6 @@ class DistillationConfig(Config):
     out: Annotated[int, Field(ge=2)] = 65536
     hidden: Annotated[int, Field(ge=1)] = 2048
     bottleneck: Annotated[int, Field(ge=2)] = 256
-    head_batchnorm: bool = False
     norm_last_layer: bool = True
     student_temperature: Temperature = 0.1
     teacher_temperature: Temperature = 0.07
@@ -69,14 +65,17 @@ class DistillationHead(nn.Module):
 
     Features (..., features) become cosines with ``out`` prototypes, times each one's length where that trains (paper,
     section 3, "Network architecture", and appendix C). Linear layers are drawn from N(0, 0.02^2), truncated, biases 0.
+
+    Args:
+        batchnorm: put BatchNorm after the hidden layers.
     """
 
-    def __init__(self, features: int, config: DistillationConfig) -> None:
+    def __init__(self, features: int, config: DistillationConfig, batchnorm: bool = False) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for width in (features, config.hidden):
             layers.append(nn.Linear(width, config.hidden))
-            if config.head_batchnorm:
+            if batchnorm:
                 layers.append(nn.BatchNorm1d(config.hidden))
             layers.append(nn.GELU())
         self.mlp = nn.Sequential(*layers, nn.Linear(config.hidden, config.bottleneck))

@@ -236,6 +236,7 @@ def test_the_teachers_entropy_is_told_in_shares_of_the_greatest() -> None:
 
 def test_the_defaults_are_the_papers_but_for_the_crops() -> None:
     config = DINOConfig()
+    assert not config.head_batchnorm
     assert (config.out, config.hidden, config.bottleneck, config.norm_last_layer) == (65536, 2048, 256, True)
     assert (config.student_temperature, config.first_temperature, config.teacher_temperature) == (0.1, 0.04, 0.07)
     assert (config.warmup_epochs, config.centre_momentum, config.momentum) == (30, 0.9, 0.996)

@@ -198,4 +198,4 @@ def test_truncated_weights_shrink_with_depth_and_grow_for_small_patches() -> Non
         for layer, expected in ((block.attn.qkv, 0.02), (block.mlp.fc2, 0.02 / math.sqrt(2 * number))):
             assert layer.weight.std().item() == pytest.approx(expected, rel=0.1)
             assert not layer.bias.any()
-    assert module.embed.weight.std().item() == pytest.approx(0.02 * math.sqrt(588 / 49), rel=0.05)
+    assert module.embed.weight.std().item() == pytest.approx(1 / 7, rel=0.05)

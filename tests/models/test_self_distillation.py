@@ -34,7 +34,7 @@ def test_the_head_is_the_references() -> None:
 
 
 def test_batchnorm_stands_before_each_activation_and_sees_all_views_together() -> None:
-    head = DistillationHead(12, SMALL.model_copy(update={"head_batchnorm": True}))
+    head = DistillationHead(12, SMALL, batchnorm=True)
     kinds = [nn.Linear, nn.BatchNorm1d, nn.GELU]
     assert [type(part) for part in head.mlp] == [*kinds, *kinds, nn.Linear]
     features = torch.randn(3, 4, 12)
