@@ -62,6 +62,9 @@ def test_targets_are_the_tokens_of_the_whole_image_where_the_blocks_are(monkeypa
     from sslmed.methods import ijepa as module
 
     method, data, given = ijepa().eval(), batch(), []
+    with torch.no_grad():
+        for parameter in method.target_backbone.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)  # another network than the context's
     monkeypatch.setattr(module, "latent_error", lambda prediction, wanted: given.append(wanted) or prediction.sum())
     method.loss(data)
     _, target_ids = method.rule.draw(method.encoder.grid, data.seed, data.epoch, data.ids)
