@@ -259,7 +259,7 @@ def test_positives_are_said_and_change_what_is_learnt(
 
 
 def test_positives_that_cannot_be(quick: tuple[str, ...], phantom_store: Store, photo_store: Store) -> None:
-    with pytest.raises(UsageError, match=r"rotation sees one image at a time; it is for simclr, byol.*positives=image"):
+    with pytest.raises(UsageError, match=r"rotation sees one image at a time; it is for simclr, moco.*positives=image"):
         plan(RECIPE, phantom_store.path, overrides=("method={name: rotation}", "data.positives=patient"))
     with pytest.raises(UsageError, match=r"needs the meta column 'series', but .* has study"):
         plan(RECIPE, phantom_store.path, overrides=(*quick, "data.positives=neighbour"))

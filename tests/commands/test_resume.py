@@ -108,7 +108,10 @@ def test_every_method_resumes_to_the_last_bit(name: str, phantom_store: Store, t
     }
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(sections))
-    settings = ("data.size=32", "data.workers=0", "train.max_steps=9", "train.batch_size=16", *SETTINGS[-3:])
+    # fp32: where bf16 is multiplied on a CPU, torch 2.13 leaves numbers that nobody wrote in weight gradients of
+    # convolutions over maps of one or two pixels a side, which smaller views and patches of 32 pixels lead to
+    exact = ("train.precision=32", *SETTINGS[-3:])
+    settings = ("data.size=32", "data.workers=0", "train.max_steps=9", "train.batch_size=16", *exact)
     for out, kill in ((tmp_path / "whole", False), (tmp_path / "killed", True)):
         process = start(phantom_store.path, out, settings, resume=False, recipe=recipe)
         if kill:

@@ -76,7 +76,7 @@ def test_every_modality_has_the_recipes_that_commands_point_to(name: str) -> Non
 @pytest.mark.parametrize("recipe", shipped(), ids=lambda recipe: recipe.name)
 def test_it_runs_two_steps(recipe: Shipped, stores: Stores, tmp_path: Path) -> None:
     store = stores(recipe.name.split("/")[0])
-    small = ["train.max_steps=2", "train.batch_size=8", "data.workers=0", "data.size=32"]
+    small = ["train.max_steps=2", "train.batch_size=8", "data.workers=0", "data.size=32", "train.precision=32"]
     if isinstance(load(recipe.name), PretrainRecipe):
         assert pretrain(recipe.name, store, tmp_path / "run", overrides=small).steps == 2
     else:
