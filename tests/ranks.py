@@ -110,11 +110,17 @@ def loss_gradient(
     }
     for key in by:
         local[key].requires_grad_()
-    value = getattr(import_module(module), name)(**local, **settings)
+    value = scalar(getattr(import_module(module), name)(**local, **settings))
     value.backward()
     mean = value.detach().clone()
     torch.distributed.all_reduce(mean)
     return mean.item() / WORLD, [local[key].grad / WORLD for key in by]
+
+
+def scalar(found: Any) -> torch.Tensor:
+    """The loss, of a function that returns it alone or by name among its parts."""
+    loss: torch.Tensor = found["loss"] if isinstance(found, dict) else found
+    return loss
 
 
 def gather_without_gradient(local: torch.Tensor) -> torch.Tensor:

@@ -6,16 +6,13 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import nn
 
 from sslmed.config import DataError
 from sslmed.heads.head import Head, HeadConfig, Kind, Maps, full
 from sslmed.models.backbones import Backbone
-from sslmed.models.pyramids import neck
-from sslmed.models.segmenters import UNetDecoder
+from sslmed.models.segmenters import PixelDecoder
 
 VOID = 255  # in a mask: a pixel that counts for nothing
-LAST = "decoder.classifier."  # tensors of the head that are for its own classes
 SMOOTH = 1.0  # pixels; keeps the Dice of a class that a batch does not show from being 0/0
 
 
@@ -57,8 +54,7 @@ class Segmentation(Head):
 
     def __init__(self, config: SegmentationConfig, backbone: Backbone, classes: int, kind: Kind = "mask") -> None:
         super().__init__(config, backbone, classes, kind)
-        between = neck(backbone.levels)
-        self.head = _Segmenter(between, UNetDecoder(between.levels, classes))
+        self.head: PixelDecoder = PixelDecoder(backbone.levels, classes)
 
     def logits(self, features: Maps) -> torch.Tensor:
         image, *maps = features
@@ -86,7 +82,7 @@ class Segmentation(Head):
             return ()
         if self.config.decoder == "random":
             return ("neck and decoder start from random weights (head.decoder=random)",)
-        own = {name: tensor for name, tensor in self.head.state_dict().items() if not name.startswith(LAST)}
+        own = self.head.reusable
         wrong = sorted(own.keys() ^ decoder.keys()) or [n for n in own if own[n].shape != decoder[n].shape]
         if wrong:
             raise DataError(
@@ -101,18 +97,6 @@ class Segmentation(Head):
         if self.config.balance == "weights":
             rarity = counts.to(torch.float32).clamp_min(1).rsqrt()
             self.weights = rarity / rarity.mean()
-
-
-class _Segmenter(nn.Module):
-    """A neck and a decoder, which are saved together."""
-
-    def __init__(self, neck: nn.Module, decoder: nn.Module) -> None:
-        super().__init__()
-        self.neck, self.decoder = neck, decoder
-
-    def forward(self, maps: Maps, size: tuple[int, int]) -> torch.Tensor:
-        logits: torch.Tensor = self.decoder(self.neck(maps), size)
-        return logits
 
 
 def _differs(name: str, own: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> str:

@@ -64,13 +64,7 @@ class BarlowTwins(Method):
         """Of the projections of both views; its two parts are logged, the second unweighted."""
         encoder = nn.Sequential(self.backbone, self.projector)
         first, second = (encoder(view) for view in batch.views)
-        invariance, redundancy = parts(cross_correlation(first, second))
-        return {
-            "loss": invariance + self.config.redundancy * redundancy,
-            "embeddings": first,
-            "invariance": invariance,
-            "redundancy": redundancy,
-        }
+        return barlow_twins_loss(first, second, self.config.redundancy) | {"embeddings": first}
 
     def parameter_groups(self, weight_decay: float) -> Parameters:
         """As usual; biases and norm layers with their own share of the rate."""
@@ -78,10 +72,14 @@ class BarlowTwins(Method):
         return [weights, rest | {"share": self.config.bias_share}]
 
 
-def barlow_twins_loss(first: torch.Tensor, second: torch.Tensor, redundancy: float) -> torch.Tensor:
-    """sum_i (1 - C_ii)^2 + lambda sum_i sum_j!=i C_ij^2 of projections (N, D) (arXiv 2103.03230, equation 1)."""
+def barlow_twins_loss(first: torch.Tensor, second: torch.Tensor, redundancy: float) -> dict[str, torch.Tensor]:
+    """sum_i (1 - C_ii)^2 + lambda sum_i sum_j!=i C_ij^2 of projections (N, D) (arXiv 2103.03230, equation 1).
+
+    Returns:
+        ``loss``, and its two sums.
+    """
     invariant, redundant = parts(cross_correlation(first, second))
-    return invariant + redundancy * redundant
+    return {"loss": invariant + redundancy * redundant, "invariance": invariant, "redundancy": redundant}
 
 
 def cross_correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

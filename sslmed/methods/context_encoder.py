@@ -15,7 +15,8 @@ from sslmed.methods.method import Method, Overfit
 from sslmed.models.backbones import Backbone
 from sslmed.models.masking import keyed_noise
 from sslmed.models.occlusions import MOST_BLOCKS, around, centre, random_pattern, some_blocks
-from sslmed.models.restorer import Restorer, channels_of, gain_db, restored, unreached, untrained
+from sslmed.models.restorer import channels_of, gain_db, restored, unreached, untrained
+from sslmed.models.segmenters import PixelDecoder
 
 NODES = 8  # of the pattern along a side: 0.06 a pixel at 128 pixels (reference, train_random.lua)
 OVERLAP = 4  # pixels around the centre, at 128 (reference, train.lua: overlapPred); its random pattern has none
@@ -63,7 +64,7 @@ class ContextEncoder(Method):
 
     def __init__(self, config: ContextEncoderConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        self.restorer = Restorer(backbone.levels, channels_of(backbone))
+        self.restorer = PixelDecoder(backbone.levels, channels_of(backbone))
         self.without_gradient = unreached(backbone)
         usual = OVERLAP if config.holes == "centre" else 0
         self.overlap = usual if config.overlap is None else config.overlap

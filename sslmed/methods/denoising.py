@@ -17,7 +17,6 @@ from sslmed.methods.method import Method, Overfit
 from sslmed.models.backbones import Backbone
 from sslmed.models.corruptions import coarse_field
 from sslmed.models.restorer import (
-    Restorer,
     channels_of,
     gain_db,
     restoration_error,
@@ -25,6 +24,7 @@ from sslmed.models.restorer import (
     unreached,
     untrained,
 )
+from sslmed.models.segmenters import PixelDecoder
 
 ROWS = 8  # of pictures
 
@@ -59,7 +59,7 @@ class Denoising(Method):
 
     def __init__(self, config: DenoisingConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        self.restorer = Restorer(backbone.levels, channels_of(backbone))
+        self.restorer = PixelDecoder(backbone.levels, channels_of(backbone))
         self.without_gradient = unreached(backbone)
 
     def views(self, modality: Modality) -> tuple[ViewConfig, ...]:

@@ -13,8 +13,7 @@ from sslmed.data.multi_crop import GLOBAL_VIEWS, MultiCropConfig
 from sslmed.data.views import ViewConfig
 from sslmed.methods.method import Method, Overfit, Progress
 from sslmed.models.backbones import Backbone
-from sslmed.models.momentum import cosine_momentum, follow, follower
-from sslmed.models.momentum_rules import momentum_at, momentum_notes
+from sslmed.models.momentum import cosine_momentum, follow, follower, momentum_at, momentum_notes
 from sslmed.models.self_distillation import (
     Centre,
     DistillationConfig,

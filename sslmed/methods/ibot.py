@@ -17,8 +17,7 @@ from sslmed.methods.method import Method, Overfit, Progress
 from sslmed.models.backbones import Backbone, BackboneConfig, in_timm
 from sslmed.models.blockwise import blockwise_mask
 from sslmed.models.koleo import koleo
-from sslmed.models.momentum import cosine_momentum, follow, follower
-from sslmed.models.momentum_rules import momentum_at, momentum_notes
+from sslmed.models.momentum import cosine_momentum, follow, follower, momentum_at, momentum_notes
 from sslmed.models.self_distillation import (
     Centre,
     DistillationConfig,

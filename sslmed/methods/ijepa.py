@@ -16,8 +16,7 @@ from sslmed.models.backbones import Backbone, BackboneConfig
 from sslmed.models.block_masks import BlockRule
 from sslmed.models.decoders import JEPAPredictor, sine_cosine_positions, truncated
 from sslmed.models.masking import take_tokens
-from sslmed.models.momentum import follow, follower
-from sslmed.models.momentum_rules import MomentumRule, momentum_at, momentum_notes
+from sslmed.models.momentum import MomentumRule, follow, follower, momentum_at, momentum_notes
 from sslmed.models.token_encoder import TokenEncoder
 
 GEOMETRY = ("crop", "aspect", "rotate")

@@ -55,7 +55,6 @@ class Jigsaw(Method):
     def __init__(self, config: JigsawConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         self.grid = PatchGrid(config.gap, config.jitter)
-        self._fitting: torch.Size | None = None  # shape of images whose patches the network is known to take
         table = torch.from_numpy(maximal_hamming(config.permutations, PLACES).astype("int64"))
         self.register_buffer("permutations", table)  # which place each patch that is shown comes from, (K, 9)
         self.projector = nn.Sequential(
@@ -74,9 +73,7 @@ class Jigsaw(Method):
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The order is predicted from the patches' features, each made without sight of the others."""
         images = batch.views[0]
-        if images.shape[1:] != self._fitting:
-            self.grid.check(self.backbone, images, "jigsaw")
-            self._fitting = images.shape[1:]
+        self.grid.check(self.backbone, images, "jigsaw")
         patches = self.grid.cut(images, batch.seed, batch.epoch, batch.ids, "jigsaw jitter")
         orders = drawn_orders(batch, len(self.permutations)).to(images.device)
         seen = features(self.backbone, arranged(patches, self.permutations[orders]))

@@ -16,8 +16,7 @@ from sslmed.data.views import ViewConfig
 from sslmed.methods.method import Method, Overfit, Progress
 from sslmed.models.backbones import Backbone
 from sslmed.models.masking import keyed_noise
-from sslmed.models.momentum import follow, follower
-from sslmed.models.momentum_rules import MomentumRule, momentum_at, momentum_notes
+from sslmed.models.momentum import MomentumRule, follow, follower, momentum_at, momentum_notes
 from sslmed.models.pending import Pending
 from sslmed.models.twins import twin_accuracy
 
@@ -120,13 +119,8 @@ class MoCoV2(Method):
         self._new_groups.add(self, distributed.gather(batch.groups))
         # without positives of other images an image's group is its row, and its own older keys repel, as in the paper
         groups = torch.where((batch.groups != batch.ids).any(), batch.groups, ALONE)
-        logits = similarities(projections, keys, self.queue, self.config.temperature, groups, self.queue_groups)
-        return {
-            "loss": F.cross_entropy(logits, torch.zeros_like(batch.ids)),
-            "embeddings": projections,
-            "accuracy": (logits[:, :1] > logits[:, 1:]).all(dim=1).float().mean(),
-            "twin_accuracy": twin_accuracy(projections, keys),
-        }
+        found = info_nce(projections, keys, self.queue, self.config.temperature, groups, self.queue_groups)
+        return found | {"embeddings": projections, "twin_accuracy": twin_accuracy(projections, keys)}
 
     def after_step(self, progress: Progress) -> None:
         """The key encoder follows, and the step's keys take the place of the oldest.
@@ -176,7 +170,7 @@ def info_nce(
     temperature: float,
     groups: torch.Tensor | None = None,
     queue_groups: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> dict[str, torch.Tensor]:
     """InfoNCE, mean over queries (arXiv 1911.05722, equation 1).
 
     Args:
@@ -184,9 +178,13 @@ def info_nce(
         keys: (N, D), without gradient.
         queue: (D, K), columns of length 1.
         groups: (N,); keys of the queue in a query's group, ``queue_groups`` (K,), do not repel it.
+
+    Returns:
+        ``loss``, and ``accuracy``, the share of queries that are nearest to their own key.
     """
     logits = similarities(queries, unit(keys.detach()), queue, temperature, groups, queue_groups)
-    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
+    loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
+    return {"loss": loss, "accuracy": (logits[:, :1] > logits[:, 1:]).all(dim=1).float().mean()}
 
 
 def similarities(

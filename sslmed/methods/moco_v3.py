@@ -15,8 +15,7 @@ from sslmed.data.view_pairs import asymmetric, asymmetry_notes
 from sslmed.data.views import ViewConfig
 from sslmed.methods.method import Method, Overfit, Progress
 from sslmed.models.backbones import Backbone, Eva, PatchEmbed, VisionTransformer
-from sslmed.models.momentum import cosine_momentum, follow, follower
-from sslmed.models.momentum_rules import MomentumRule, momentum_at, momentum_notes
+from sslmed.models.momentum import MomentumRule, cosine_momentum, follow, follower, momentum_at, momentum_notes
 from sslmed.models.perceptrons import perceptron
 from sslmed.models.twins import twin_accuracy
 

@@ -19,7 +19,6 @@ from sslmed.models.corruptions import moved, shuffle_sources, tone_curve, toned,
 from sslmed.models.masking import keyed_noise
 from sslmed.models.occlusions import any_of, drawn_rectangles
 from sslmed.models.restorer import (
-    Restorer,
     channels_of,
     gain_db,
     restoration_error,
@@ -27,6 +26,7 @@ from sslmed.models.restorer import (
     unreached,
     untrained,
 )
+from sslmed.models.segmenters import PixelDecoder
 
 Noise = Callable[[int, str], torch.Tensor]  # keyed numbers in [0, 1): how many an image, and what for
 Step = Callable[[torch.Tensor, torch.Tensor, Noise], torch.Tensor]
@@ -72,7 +72,7 @@ class ModelsGenesis(Method):
 
     def __init__(self, config: ModelsGenesisConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        self.restorer = Restorer(backbone.levels, channels_of(backbone))
+        self.restorer = PixelDecoder(backbone.levels, channels_of(backbone))
         self.without_gradient = unreached(backbone)
 
     def views(self, modality: Modality) -> tuple[ViewConfig, ...]:

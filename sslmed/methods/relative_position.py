@@ -59,7 +59,6 @@ class RelativePosition(Method):
     def __init__(self, config: RelativePositionConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         self.grid = PatchGrid(config.gap, config.jitter)
-        self._fitting: torch.Size | None = None  # shape of images whose patches the network is known to take
         first = nn.Linear(2 * backbone.num_features, config.hidden)
         self.projector = nn.Sequential(
             first,
@@ -83,9 +82,7 @@ class RelativePosition(Method):
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Every patch goes through the network once, by itself; pairs meet after it."""
         images = batch.views[0]
-        if images.shape[1:] != self._fitting:
-            self.grid.check(self.backbone, images, "relative_position")
-            self._fitting = images.shape[1:]
+        self.grid.check(self.backbone, images, "relative_position")
         patches = self.grid.cut(images, batch.seed, batch.epoch, batch.ids, "relative position jitter")
         places = (all_places(len(images)) if self.config.all_eight else one_place(batch)).to(images.device)
         shown = patches[torch.arange(len(images), device=images.device)[:, None], with_centre(places)]

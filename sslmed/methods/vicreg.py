@@ -69,23 +69,22 @@ class VICReg(Method):
         """Of the embeddings of both views; its three parts are logged unweighted."""
         encoder = nn.Sequential(self.backbone, self.expander)
         first, second = (encoder(view) for view in batch.views)
-        invariance, variance, covariance = parts(first, second)
         knobs = self.config
-        return {
-            "loss": knobs.invariance * invariance + knobs.variance * variance + knobs.covariance * covariance,
-            "embeddings": first,
-            "invariance": invariance,
-            "variance": variance,
-            "covariance": covariance,
-        }
+        found = vicreg_loss(first, second, knobs.invariance, knobs.variance, knobs.covariance)
+        return found | {"embeddings": first}
 
 
 def vicreg_loss(
     first: torch.Tensor, second: torch.Tensor, invariance: float, variance: float, covariance: float
-) -> torch.Tensor:
-    """lambda s + mu (v + v') / 2 + nu (c + c') of embeddings (N, D) (arXiv 2105.04906, equation 6; reference)."""
+) -> dict[str, torch.Tensor]:
+    """lambda s + mu (v + v') / 2 + nu (c + c') of embeddings (N, D) (arXiv 2105.04906, equation 6; reference).
+
+    Returns:
+        ``loss``, and its three parts unweighted.
+    """
     near, spread, shared = parts(first, second)
-    return invariance * near + variance * spread + covariance * shared
+    loss = invariance * near + variance * spread + covariance * shared
+    return {"loss": loss, "invariance": near, "variance": spread, "covariance": shared}
 
 
 def parts(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

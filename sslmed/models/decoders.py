@@ -158,7 +158,7 @@ def truncated(module: nn.Module, blocks: nn.ModuleList | nn.Sequential) -> None:
 
     The patch embedding is drawn from 1 / sqrt(values of a patch), so that tokens of standardised pixels vary by about
     1, a little more than their positions: the reference's 0.02, half as much for its patches of 14 x 14 x 3, lets small
-    grey patches drown in them, and features collapse (docs/methods/masked.md). The last layers of attention and MLP of
+    grey patches drown in them, so that features tell places alone. The last layers of attention and MLP of
     block number n, from 1, are divided by sqrt(2 n), so that the sum over blocks does not grow (ijepa,
     src/models/vision_transformer.py).
     """

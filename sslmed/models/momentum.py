@@ -2,12 +2,14 @@
 
 import copy
 import math
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 
 M = TypeVar("M", bound=nn.Module)
+MomentumRule = Literal["scaled", "constant"]
+QUOTED_FOR = 256  # images a batch, as learning rates are (Goyal et al., arXiv 1706.02677)
 
 
 def follower(module: M) -> M:
@@ -39,9 +41,20 @@ def cosine_momentum(base: float, step: int, total: int) -> float:
     return 1 - (1 - base) * (math.cos(math.pi * step / total) + 1) / 2
 
 
-def rescaled_momentum(momentum: float, batch_size: int, reference: int) -> float:
-    """momentum ** (batch_size / reference): the same memory, counted in samples, at another batch size.
+def momentum_at(batch_size: int, momentum: float, rule: MomentumRule) -> float:
+    """The momentum at a global batch: ``scaled`` is momentum ** (B / 256), the same memory in samples at any batch.
 
     The EMA scaling rule of Busbridge et al., arXiv 2307.13813, definition 1.2.
     """
-    return float(momentum ** (batch_size / reference))
+    return momentum if rule == "constant" else float(momentum ** (batch_size / QUOTED_FOR))
+
+
+def momentum_notes(batch_size: int, momentum: float, rule: MomentumRule) -> list[str]:
+    """What to say before training where the rule changes the momentum."""
+    here = momentum_at(batch_size, momentum, rule)
+    if here == momentum:
+        return []
+    return [
+        f"method.momentum {momentum:g} is quoted for batch {QUOTED_FOR}; at batch {batch_size} it is {here:.6g} "
+        "(method.momentum_rule=constant keeps it)"
+    ]

@@ -1,6 +1,6 @@
 """Images cut into 3 x 3 patches with room between them, for tasks that ask where a patch was."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ LEAST = 7  # pixels of a patch; the first kernel of a ResNet
 LARGEST = 1024  # pixels of an image; where the search for one that a network takes ends
 
 
-@dataclass(frozen=True)
+@dataclass
 class PatchGrid:
     """How patches lie in the nine cells of an image.
 
@@ -30,6 +30,7 @@ class PatchGrid:
 
     gap: float
     jitter: float
+    _fitting: torch.Size | None = field(default=None, init=False, repr=False)  # images whose patches a network takes
 
     def patch(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of a patch, pixels, in images of ``size``; 0 or less where there is no room for one."""
@@ -63,14 +64,17 @@ class PatchGrid:
         return offsets + places * cells + edges + half_gap
 
     def check(self, backbone: Backbone, images: torch.Tensor, method: str) -> None:
-        """Refuse images whose patches are too small for the network.
+        """Refuse images whose patches are too small for the network; it is asked once for images of one shape.
 
         Raises:
             UsageError: with the least size that would do.
         """
+        if images.shape[1:] == self._fitting:
+            return
         height, width = images.shape[2:]
         patch, channels = self.patch((height, width)), images.shape[1]
         if takes(backbone, channels, patch):
+            self._fitting = images.shape[1:]
             return
         name = in_timm(backbone.network)
         shown = f"{method} cuts images of {height} x {width} into patches of {patch[0]} x {patch[1]} pixels"

@@ -45,13 +45,6 @@ def maximal_hamming(count: int, places: int, seed: int = 0) -> Table:
     return found
 
 
-def least_distance(permutations: Table) -> int:
-    """In how many places the two most alike of the permutations (K, places) differ."""
-    return min(
-        int((permutations[:number] != each).sum(axis=1).min()) for number, each in enumerate(permutations) if number
-    )
-
-
 def _all(places: int) -> Table:
     """Every permutation of 0 to places - 1, in lexicographic order, (places!, places)."""
     table = np.zeros((1, 1), np.uint8)

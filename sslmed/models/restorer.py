@@ -1,46 +1,17 @@
 """From a backbone's maps back to an image: what restorative pretext tasks train, and a segmentation may start from."""
 
-from collections.abc import Sequence
-
 import torch
-from torch import nn
 
 from sslmed.config import UsageError
-from sslmed.models.backbones import Backbone, Level, in_timm
+from sslmed.models.backbones import Backbone, in_timm
 from sslmed.models.layout import layout
-from sslmed.models.pyramids import neck
-from sslmed.models.segmenters import UNetDecoder
+from sslmed.models.segmenters import PixelDecoder
 
-LAST = "decoder.classifier."  # what differs between an image and classes
 BEHIND_ONE_MAP = ("attn_pool.", "cls_attn")  # parts of plain transformers that only pool what their last map shows
 FLOOR = 1e-12  # of an error, so that its logarithm is finite
 
 
-class Restorer(nn.Module):
-    """A neck and a U-Net decoder, in all but the last layer those of the segmentation head, tensor names included.
-
-    Args:
-        levels: the backbone's.
-        channels: of the image.
-    """
-
-    def __init__(self, levels: Sequence[Level], channels: int) -> None:
-        super().__init__()
-        self.neck = neck(levels)
-        self.decoder = UNetDecoder(self.neck.levels, channels)
-
-    def forward(self, maps: Sequence[torch.Tensor], size: Sequence[int]) -> torch.Tensor:
-        """Images (N, channels, H, W) of this size, without a limit to their values."""
-        image: torch.Tensor = self.decoder(self.neck(maps), size)
-        return image
-
-    @property
-    def reusable(self) -> dict[str, torch.Tensor]:
-        """All tensors but those of the last layer."""
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(LAST)}
-
-
-def restored(backbone: Backbone, restorer: Restorer, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def restored(backbone: Backbone, restorer: PixelDecoder, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What becomes of corrupted images (N, C, H, W), and their features (N, D).
 
     The features are the mean of the coarsest map, which is a ResNet's own pooled feature.

@@ -8,10 +8,35 @@ import torch
 from torch import nn
 
 from sslmed.models.backbones import Level
-from sslmed.models.pyramids import enlarged
+from sslmed.models.pyramids import enlarged, neck
 
 WIDTH = 16  # channels at the stride of 1; they double with the stride
 WIDEST = 256
+LAST = "decoder.classifier."  # what is for a task's own classes, or an image's channels
+
+
+class PixelDecoder(nn.Module):
+    """A neck and a U-Net decoder, which are saved together: what segmentation and restoration have in common.
+
+    Args:
+        levels: the backbone's.
+        classes: of the result, or its channels.
+    """
+
+    def __init__(self, levels: Sequence[Level], classes: int) -> None:
+        super().__init__()
+        self.neck = neck(levels)
+        self.decoder = UNetDecoder(self.neck.levels, classes)
+
+    def forward(self, maps: Sequence[torch.Tensor], size: Sequence[int]) -> torch.Tensor:
+        """(N, classes, height, width) of the backbone's maps of images of this size, without a limit to the values."""
+        found: torch.Tensor = self.decoder(self.neck(maps), size)
+        return found
+
+    @property
+    def reusable(self) -> dict[str, torch.Tensor]:
+        """All tensors but those of the last layer."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(LAST)}
 
 
 class UNetDecoder(nn.Module):

@@ -9,7 +9,7 @@ from torch import nn
 
 from sslmed import distributed
 from sslmed.config import Config
-from sslmed.models.momentum_rules import MomentumRule
+from sslmed.models.momentum import MomentumRule
 from sslmed.models.pending import Pending
 
 Temperature = Annotated[float, Field(gt=0, le=1)]

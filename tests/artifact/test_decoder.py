@@ -16,7 +16,7 @@ from sslmed.data.modality import MODALITIES, in_words
 from sslmed.durable import sha256
 from sslmed.heads.segmentation import Segmentation, SegmentationConfig
 from sslmed.models.backbones import Backbone, BackboneConfig, build
-from sslmed.models.restorer import Restorer
+from sslmed.models.segmenters import PixelDecoder
 
 NAME, SIZE = "test_resnet", 32
 
@@ -40,9 +40,9 @@ def network(seed: int = 1) -> Backbone:
     return build(BackboneConfig(name=NAME), SIZE, seed)
 
 
-def restorer(levels: Any, seed: int = 3) -> Restorer:
+def restorer(levels: Any, seed: int = 3) -> PixelDecoder:
     torch.manual_seed(seed)
-    return Restorer(levels, 1).to(memory_format=torch.channels_last)
+    return PixelDecoder(levels, 1).to(memory_format=torch.channels_last)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from sslmed.data.geometry_view import geometry_view
 from sslmed.data.loading import Batch
 from sslmed.data.modality import MODALITIES, with_views
 from sslmed.methods import METHODS
-from sslmed.models.restorer import Restorer
+from sslmed.models.segmenters import PixelDecoder
 
 NAMES = ("denoising", "context_encoder", "context_restoration", "models_genesis")
 every = pytest.mark.parametrize("name", NAMES)
@@ -122,4 +122,4 @@ def test_these_methods_alone_have_a_decoder_to_go_on_with() -> None:
 class _Any:
     """Stands for a method whose restorer is one."""
 
-    restorer = Restorer(small("denoising").backbone.levels, 1)
+    restorer = PixelDecoder(small("denoising").backbone.levels, 1)

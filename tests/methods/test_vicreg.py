@@ -27,7 +27,7 @@ def random(*shape: int) -> torch.Tensor:
 
 def test_a_collapse_costs_the_variance_alone() -> None:
     z = torch.full((8, 4), 3.0, dtype=torch.float64, requires_grad=True)
-    loss = vicreg_loss(z, z, **WEIGHTS)
+    loss = vicreg_loss(z, z, **WEIGHTS)["loss"]
     loss.backward()
     assert loss.item() == pytest.approx(25 * (1 - 0.01))  # sqrt(1e-4), the mean of both views
     assert torch.isfinite(z.grad).all()
@@ -50,11 +50,11 @@ def test_repeated_dimensions_cost_their_covariance_over_their_number() -> None:
 def test_the_variance_term_is_halved() -> None:
     """solo-learn leaves the half out: the same tensors then cost one variance term more."""
     a, b = 0.3 * random(2, 16, 6)
-    official = vicreg_loss(a, b, **WEIGHTS)
+    official = vicreg_loss(a, b, **WEIGHTS)["loss"]
     hinges = [F.relu(1 - (z.var(dim=0) + 1e-4).sqrt()).mean() for z in (a, b)]
     solo = 25 * F.mse_loss(a, b) + 25 * sum(hinges) + covariance(a) + covariance(b)
     assert (solo - official).item() == pytest.approx(25 * sum(hinges).item() / 2)
-    assert vicreg_loss(a, b, **WEIGHTS | {"variance": 50.0}).item() == pytest.approx(solo.item())
+    assert vicreg_loss(a, b, **WEIGHTS | {"variance": 50.0})["loss"].item() == pytest.approx(solo.item())
 
 
 def test_the_expander_is_the_references() -> None:

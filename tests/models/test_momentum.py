@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sslmed.models.backbones import BackboneConfig, build
-from sslmed.models.momentum import cosine_momentum, follow, follower, rescaled_momentum
+from sslmed.models.momentum import cosine_momentum, follow, follower, momentum_at, momentum_notes
 
 
 def test_parameters_follow_and_buffers_keep_their_own_statistics() -> None:
@@ -45,7 +45,21 @@ def test_the_cosine_starts_at_the_base_and_ends_at_one(step: int, expected: floa
 
 def test_the_memory_in_samples_is_that_of_the_reference_batch() -> None:
     samples = 8192
-    small, large = rescaled_momentum(0.99, 64, 256), rescaled_momentum(0.99, 1024, 256)
+    small, large = momentum_at(64, 0.99, "scaled"), momentum_at(1024, 0.99, "scaled")
     assert small ** (samples / 64) == pytest.approx(0.99 ** (samples / 256), rel=1e-12)
     assert large ** (samples / 1024) == pytest.approx(0.99 ** (samples / 256), rel=1e-12)
     assert small > 0.99 > large
+
+
+def test_the_memory_is_one_of_samples_or_of_steps() -> None:
+    assert momentum_at(256, 0.99, "scaled") == 0.99
+    assert momentum_at(512, 0.99, "scaled") == pytest.approx(0.99**2)
+    assert momentum_at(64, 0.99, "scaled") == pytest.approx(0.99**0.25)
+    assert momentum_at(64, 0.99, "constant") == 0.99
+
+
+def test_a_changed_momentum_is_said() -> None:
+    (note,) = momentum_notes(64, 0.99, "scaled")
+    assert "method.momentum 0.99 is quoted for batch 256; at batch 64 it is 0.997491" in note
+    assert not momentum_notes(256, 0.99, "scaled")
+    assert not momentum_notes(64, 0.99, "constant")

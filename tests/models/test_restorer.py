@@ -9,7 +9,6 @@ from torch import nn
 from sslmed.config import UsageError
 from sslmed.models.backbones import Backbone, BackboneConfig, build
 from sslmed.models.restorer import (
-    Restorer,
     channels_of,
     gain_db,
     restoration_error,
@@ -17,16 +16,17 @@ from sslmed.models.restorer import (
     unreached,
     untrained,
 )
+from sslmed.models.segmenters import PixelDecoder
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def small(name: str, channels: int = 1, size: int | tuple[int, int] = 32) -> tuple[Backbone, Restorer]:
+def small(name: str, channels: int = 1, size: int | tuple[int, int] = 32) -> tuple[Backbone, PixelDecoder]:
     torch.manual_seed(0)
     backbone = build(BackboneConfig(name=name, in_chans=channels), size, 0)
-    return backbone, Restorer(backbone.levels, channels_of(backbone))
+    return backbone, PixelDecoder(backbone.levels, channels_of(backbone))
 
 
 @pytest.mark.parametrize("channels", [1, 3])

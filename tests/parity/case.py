@@ -16,7 +16,8 @@ class Case:
     Attributes:
         method: its name in METHODS.
         by: the inputs that the gradient is taken by, of one shape.
-        loss: import path of ours; like ``formula`` and ``lightly`` it takes inputs and settings by name.
+        loss: import path of what the method itself calls; like ``formula`` and ``lightly`` it takes inputs and settings
+            by name. It may return its parts beside ``loss``.
         inputs: float64 tensors and labels, rows an image, an even number of rows.
         source: where the formula stands.
         lightly: the same by lightly, where that is right.

@@ -36,9 +36,9 @@ magnitude: a test shows it.
 {{losses}}
 
 The whole method on a small network: gradients of all parameters by two processes against one (float64, GroupNorm in
-place of BatchNorm; bars 1e-6 and 1e-5), the loss under bf16 autocast, over that loss or over 1, whichever is more (bar
-1e-2), and images of one grey level ({", ".join(f"{level:g}" for level in FLAT)} in normalised units), whose loss and
-gradients must be finite.
+place of BatchNorm; bars 1e-6 and 1e-5), the loss under bf16 autocast, relative (bar 1e-2; SimSiam's, which runs from -1
+to 1, over 1), and images of one grey level ({", ".join(f"{level:g}" for level in FLAT)} in normalised units), whose
+loss and gradients must be finite.
 
 {{methods}}
 """
