@@ -1,26 +1,21 @@
 """Context encoder: feature learning by in-painting (Pathak et al., arXiv 1604.07379), without its adversary."""
 
-from dataclasses import replace
 from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 
 from sslmed import config
-from sslmed.data.geometry_view import geometry_view, idle_knobs
 from sslmed.data.loading import Batch
 from sslmed.data.modality import Modality
-from sslmed.data.views import ViewConfig
-from sslmed.methods.method import Method, Overfit
+from sslmed.methods.restorative import Restorative
 from sslmed.models.backbones import Backbone
 from sslmed.models.masking import keyed_noise
 from sslmed.models.occlusions import MOST_BLOCKS, around, centre, random_pattern, some_blocks
-from sslmed.models.restorer import channels_of, gain_db, restored, unreached, untrained
-from sslmed.models.segmenters import PixelDecoder
+from sslmed.models.restorer import gain_db, restored
 
 NODES = 8  # of the pattern along a side: 0.06 a pixel at 128 pixels (reference, train_random.lua)
 OVERLAP = 4  # pixels around the centre, at 128 (reference, train.lua: overlapPred); its random pattern has none
-ROWS = 8  # of pictures
 Share = Annotated[float, Field(gt=0, le=0.5)]
 
 
@@ -50,7 +45,7 @@ class ContextEncoderConfig(config.Config):
         return self
 
 
-class ContextEncoder(Method):
+class ContextEncoder(Restorative):
     """Parts of an image are hidden; they are predicted from what is around them.
 
     A deviation, by name: the adversarial loss, which makes in-paintings sharper, is left out: lambda_adv is 0, not
@@ -59,28 +54,21 @@ class ContextEncoder(Method):
     """
 
     Config = ContextEncoderConfig
-    overfit = Overfit(steps=30, ratio=0.3)
     config: ContextEncoderConfig
 
     def __init__(self, config: ContextEncoderConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        self.restorer = PixelDecoder(backbone.levels, channels_of(backbone))
-        self.without_gradient = unreached(backbone)
         usual = OVERLAP if config.holes == "centre" else 0
         self.overlap = usual if config.overlap is None else config.overlap
 
-    def views(self, modality: Modality) -> tuple[ViewConfig, ...]:
-        """One view: the modality's geometry, and intensities as they are, since they are what is predicted."""
-        return (geometry_view(modality),)
-
     def notes(self, modality: Modality, batch_size: int) -> list[str]:
         """Names the settings that do nothing here, and what stays untrained."""
-        found = idle_knobs(modality, self.config.name)
+        found = super().notes(modality, batch_size)
         if self.config.holes == "centre" and "area" in self.config.model_fields_set:
             found.append("method.area has no effect with method.holes=centre, which hides a quarter of the image")
         if not self.overlap and "overlap_weight" in self.config.model_fields_set:
             found.append("method.overlap_weight has no effect without method.overlap")
-        return [*found, *untrained(self.backbone, self.config.name)]
+        return found
 
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The error in the holes and around them; ``gain_db`` is the gain in the holes over filling in the mean."""
@@ -93,6 +81,10 @@ class ContextEncoder(Method):
             "embeddings": embeddings,
             "gain_db": gain_db(painted, filled, images, holes),
         }
+
+    def corrupted(self, batch: Batch) -> torch.Tensor:
+        """The images with the mean of what is seen of each in its holes."""
+        return fill_in_mean(batch.views[0], self.holes(batch))
 
     def holes(self, batch: Batch) -> torch.Tensor:
         """Where each image is hidden (N, H, W), keyed by seed, epoch and the image's id."""
@@ -108,17 +100,10 @@ class ContextEncoder(Method):
         share = low + (high - low) * noise[:, 0]
         return random_pattern(noise[:, 3:].view(count, 1, NODES + 2, NODES + 2), noise[:, 1:3], share, size)
 
-    def pictures(self, batch: Batch) -> torch.Tensor:
-        """For each of the first images the original, with holes, and with these painted in."""
-        images = batch.views[0][:ROWS]
-        holes = self.holes(replace(batch, views=[images], ids=batch.ids[:ROWS]))
-        filled = fill_in_mean(images, holes)
-        painted, _ = restored(self.backbone, self.restorer, filled)
-        return torch.stack([images, filled, torch.where(holes[:, None], painted.to(images), images)], dim=1)
-
-    @property
-    def exported_decoder(self) -> dict[str, torch.Tensor]:
-        return self.restorer.reusable
+    def shown(self, clean: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The image, its holes painted in."""
+        images = batch.views[0]
+        return torch.where(self.holes(batch)[:, None], clean.to(images), images)
 
 
 def in_painting_error(

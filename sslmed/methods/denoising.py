@@ -1,6 +1,5 @@
 """Denoising autoencoder (Vincent et al., ICML 2008), with the coarse noise of Kascenas et al. (MIDL 2022)."""
 
-from dataclasses import replace
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -8,25 +7,10 @@ import torch
 from pydantic import Field, model_validator
 
 from sslmed import config
-from sslmed.data.geometry_view import geometry_view, idle_knobs
 from sslmed.data.loading import Batch
-from sslmed.data.modality import Modality
-from sslmed.data.views import ViewConfig
 from sslmed.keyed_rng import rng
-from sslmed.methods.method import Method, Overfit
-from sslmed.models.backbones import Backbone
+from sslmed.methods.restorative import Restorative
 from sslmed.models.corruptions import coarse_field
-from sslmed.models.restorer import (
-    channels_of,
-    gain_db,
-    restoration_error,
-    restored,
-    unreached,
-    untrained,
-)
-from sslmed.models.segmenters import PixelDecoder
-
-ROWS = 8  # of pictures
 
 
 class DenoisingConfig(config.Config):
@@ -50,36 +34,11 @@ class DenoisingConfig(config.Config):
         return self
 
 
-class Denoising(Method):
+class Denoising(Restorative):
     """Noise is added to an image; the image without it is predicted."""
 
     Config = DenoisingConfig
-    overfit = Overfit(steps=30, ratio=0.3)
     config: DenoisingConfig
-
-    def __init__(self, config: DenoisingConfig, backbone: Backbone) -> None:
-        super().__init__(config, backbone)
-        self.restorer = PixelDecoder(backbone.levels, channels_of(backbone))
-        self.without_gradient = unreached(backbone)
-
-    def views(self, modality: Modality) -> tuple[ViewConfig, ...]:
-        """One view: the modality's geometry, and intensities as they are, since they are what is predicted."""
-        return (geometry_view(modality),)
-
-    def notes(self, modality: Modality, batch_size: int) -> list[str]:
-        """Names the settings of views that do nothing here, and what stays untrained."""
-        return [*idle_knobs(modality, self.config.name), *untrained(self.backbone, self.config.name)]
-
-    def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The error of the denoised images; ``gain_db`` is by how much their PSNR is above that of the noisy ones."""
-        images = batch.views[0]
-        noisy = self.corrupted(batch)
-        clean, embeddings = restored(self.backbone, self.restorer, noisy)
-        return {
-            "loss": restoration_error(clean, images),
-            "embeddings": embeddings,
-            "gain_db": gain_db(clean, noisy, images),
-        }
 
     def corrupted(self, batch: Batch) -> torch.Tensor:
         """The images of the batch with noise, keyed by seed, epoch and each image's id."""
@@ -94,14 +53,3 @@ class Denoising(Method):
             fields.append(stream.uniform(*self.config.sigma) * stream.standard_normal(shape, dtype=np.float32))
         noise, phase = (torch.from_numpy(np.stack(each)).to(images) for each in (fields, phases))
         return images + (coarse_field(noise, phase, (size[0], size[1])) if r else noise)
-
-    def pictures(self, batch: Batch) -> torch.Tensor:
-        """For each of the first images the original, with noise, and without it again."""
-        few = replace(batch, views=[batch.views[0][:ROWS]], ids=batch.ids[:ROWS])
-        noisy = self.corrupted(few)
-        clean, _ = restored(self.backbone, self.restorer, noisy)
-        return torch.stack([few.views[0], noisy, clean], dim=1)
-
-    @property
-    def exported_decoder(self) -> dict[str, torch.Tensor]:
-        return self.restorer.reusable

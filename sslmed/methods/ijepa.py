@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from sslmed import config
+from sslmed.data.geometry_view import geometry_view, idle_knobs
 from sslmed.data.loading import Batch
-from sslmed.data.modality import Modality, changed_knobs
+from sslmed.data.modality import Modality
 from sslmed.data.views import ViewConfig
 from sslmed.methods.method import Method, Overfit, Progress
 from sslmed.models.backbones import Backbone, BackboneConfig
@@ -97,14 +98,13 @@ class IJEPA(Method):
 
     def views(self, modality: Modality) -> tuple[ViewConfig, ...]:
         """One view: the modality's crop and tilt; no flips, no changed intensities (section 4, "Pretraining")."""
-        return (ViewConfig(**{knob: getattr(modality.view, knob) for knob in GEOMETRY}),)
+        return (geometry_view(modality, GEOMETRY),)
 
     def notes(self, modality: Modality, batch_size: int) -> list[str]:
         """What the momentum becomes at this batch size, and which settings of views do nothing."""
-        idle = [f"views.{knob}" for knob in sorted(changed_knobs(modality) - set(GEOMETRY))]
         return [
             *momentum_notes(batch_size, self.config.momentum, self.config.momentum_rule),
-            *([f"ijepa takes images as they are: {', '.join(idle)} has no effect"] if idle else []),
+            *idle_knobs(modality, self.config.name, GEOMETRY),
         ]
 
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:

@@ -1,7 +1,6 @@
 """Models Genesis: one network that undoes four kinds of damage (Zhou et al., arXiv 1908.06912 and 2004.07882)."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal
 
@@ -9,24 +8,11 @@ import torch
 from pydantic import Field
 
 from sslmed import config
-from sslmed.data.geometry_view import geometry_view, idle_knobs
 from sslmed.data.loading import Batch
-from sslmed.data.modality import Modality
-from sslmed.data.views import ViewConfig
-from sslmed.methods.method import Method, Overfit
-from sslmed.models.backbones import Backbone
+from sslmed.methods.restorative import Restorative
 from sslmed.models.corruptions import moved, shuffle_sources, tone_curve, toned, unit_range
 from sslmed.models.masking import keyed_noise
 from sslmed.models.occlusions import any_of, drawn_rectangles
-from sslmed.models.restorer import (
-    channels_of,
-    gain_db,
-    restoration_error,
-    restored,
-    unreached,
-    untrained,
-)
-from sslmed.models.segmenters import PixelDecoder
 
 Noise = Callable[[int, str], torch.Tensor]  # keyed numbers in [0, 1): how many an image, and what for
 Step = Callable[[torch.Tensor, torch.Tensor, Noise], torch.Tensor]
@@ -36,7 +22,6 @@ BLOCKS = 5  # at most, hidden or kept
 ONE_MORE = 0.95  # probability of going on to the next
 MARGIN = 3  # pixels at the edges
 DRAWS = 3 + 4 + 1 + 1 + BLOCKS * 5  # of an image: what is done, the curve, its kind, where noise is, the blocks
-ROWS = 8  # of pictures
 
 
 class ModelsGenesisConfig(config.Config):
@@ -57,7 +42,7 @@ class ModelsGenesisConfig(config.Config):
     inner: Probability = 0.2
 
 
-class ModelsGenesis(Method):
+class ModelsGenesis(Restorative):
     """An image is damaged in up to four ways; the image as it was is predicted.
 
     Damage is done in [0, 1], to which each image is scaled by its own least and greatest value, and scaled back: the
@@ -67,32 +52,7 @@ class ModelsGenesis(Method):
     """
 
     Config = ModelsGenesisConfig
-    overfit = Overfit(steps=30, ratio=0.3)
     config: ModelsGenesisConfig
-
-    def __init__(self, config: ModelsGenesisConfig, backbone: Backbone) -> None:
-        super().__init__(config, backbone)
-        self.restorer = PixelDecoder(backbone.levels, channels_of(backbone))
-        self.without_gradient = unreached(backbone)
-
-    def views(self, modality: Modality) -> tuple[ViewConfig, ...]:
-        """One view: the modality's geometry, in place of the reference's flips, and true intensities."""
-        return (geometry_view(modality),)
-
-    def notes(self, modality: Modality, batch_size: int) -> list[str]:
-        """Names the settings of views that do nothing here, and what stays untrained."""
-        return [*idle_knobs(modality, self.config.name), *untrained(self.backbone, self.config.name)]
-
-    def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The error of the restored images; ``gain_db`` is above 0 where that is less than leaving them as they are."""
-        images = batch.views[0]
-        damaged = self.corrupted(batch)
-        repaired, embeddings = restored(self.backbone, self.restorer, damaged)
-        return {
-            "loss": restoration_error(repaired, images),
-            "embeddings": embeddings,
-            "gain_db": gain_db(repaired, damaged, images),
-        }
 
     def corrupted(self, batch: Batch) -> torch.Tensor:
         """The images of the batch, damaged, keyed by seed, epoch and each image's id; within their own range.
@@ -116,17 +76,6 @@ class ModelsGenesis(Method):
                 rows = chosen.to(unit.device)
                 unit = unit.index_copy(0, rows, step(unit[rows], draws[chosen, len(steps) :].to(unit.device), noise))
         return (low + unit * (high - low)).to(images.dtype)
-
-    def pictures(self, batch: Batch) -> torch.Tensor:
-        """For each of the first images the original, damaged, and repaired."""
-        few = replace(batch, views=[batch.views[0][:ROWS]], ids=batch.ids[:ROWS])
-        damaged = self.corrupted(few)
-        repaired, _ = restored(self.backbone, self.restorer, damaged)
-        return torch.stack([few.views[0], damaged, repaired], dim=1)
-
-    @property
-    def exported_decoder(self) -> dict[str, torch.Tensor]:
-        return self.restorer.reusable
 
 
 def shuffled(unit: torch.Tensor, _: torch.Tensor, noise: Noise) -> torch.Tensor:

@@ -29,7 +29,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # training/fit.py fits a Method or a Head: it knows the two contracts, none of their members.
 ON_ONE_FLOOR = {("training", "methods.method"), ("training", "heads.head")}
 # Rooms whose members do not know each other, and what in them everyone there may know.
-STRANGERS = {"methods": {"methods.method"}, "heads": {"heads.head"}, "commands": set[str]()}
+STRANGERS = {"methods": {"methods.method", "methods.restorative"}, "heads": {"heads.head"}, "commands": set[str]()}
 PUBLIC_DOOR = "commands.demo"  # the only one that uses the package as its users do
 
 DOORS = {

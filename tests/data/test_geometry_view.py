@@ -17,6 +17,6 @@ def test_geometry_is_the_modalitys_and_everything_else_is_neutral(name: str) -> 
 def test_settings_that_do_nothing_are_named() -> None:
     assert not idle_knobs(MODALITIES["xray"], "denoising")
     changed = with_views(MODALITIES["xray"], {"crop": [0.6, 1.0], "gamma": 0.1, "blur": 0.5})
-    assert idle_knobs(changed, "denoising") == [
-        "denoising predicts true intensities: views.blur, views.gamma has no effect"
+    assert idle_knobs(changed, "denoising", ("crop", "aspect")) == [
+        "of views, denoising uses crop, aspect alone: views.blur, views.gamma has no effect"
     ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from restorations import batch, noise, small
 
-from sslmed.data.geometry_view import geometry_view
+from sslmed.data.geometry_view import GEOMETRY, geometry_view
 from sslmed.data.loading import Batch
 from sslmed.data.modality import MODALITIES, with_views
 from sslmed.methods import METHODS
@@ -107,7 +107,7 @@ def test_the_view_moves_the_image_and_no_more(name: str) -> None:
     assert method.views(xray) == (geometry_view(xray),)
     assert not method.notes(xray, 64)
     (note,) = method.notes(with_views(xray, {"gamma": 0.1}), 64)
-    assert note == f"{name} predicts true intensities: views.gamma has no effect"
+    assert note == f"of views, {name} uses {', '.join(GEOMETRY)} alone: views.gamma has no effect"
     (note,) = small(name, "test_convnext").notes(xray, 64)
     assert f"{name} trains the backbone's maps; 2 tensors behind them stay as they are" in note
 
