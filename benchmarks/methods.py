@@ -9,7 +9,8 @@ its own network. Masked and restorative methods are also pretrained on ultrasoun
 images.
 
 ``--imagenet`` is a state dict of tf_efficientnet_lite0 (see README). Fills benchmarks/results/methods/ cell by cell and
-writes docs/method_comparison.md. ``--only xray-simclr nerves-mae table`` does a part; two processes may share the work.
+writes docs/method_comparison.md and the first lines of the recipes that cite it.
+``--only xray-simclr nerves-mae table`` does a part; two processes may share the work.
 """
 
 import argparse
@@ -112,9 +113,18 @@ def main() -> None:
     for stage in arguments.only or (*stages, "table"):
         if stage == "table":
             PAGE.write_text(methods_page.page(benches, COMMAND), encoding="utf-8")
+            caption(benches["xray"])
         else:
             name, _, arm = stage.partition("-")
             benches[name].run(arm)
+
+
+def caption(bench: "Bench") -> None:
+    """Say in the first line of every recipe that cites the page what came out of it."""
+    for arm in METHODS:
+        path = HERE.parent / "recipes" / f"{recipe_of(arm)}.yaml"
+        text = path.read_text(encoding="utf-8")
+        path.write_text(methods_page.captioned(text, bench, arm, PAGE.name), encoding="utf-8")
 
 
 class Bench:

@@ -50,6 +50,22 @@ draw, head and order; Dice on test images, mean over structures, each beside ran
 """.replace("{len}", "three")
 
 
+def captioned(recipe: str, bench: "Bench", arm: str, page: str) -> str:
+    """The recipe's text with steps, minutes and score in its first line, if that cites the page."""
+    first, rest = recipe.split("\n", 1)
+    if page not in first:
+        return recipe
+    title, found = first.partition(": ")[0], bench.probe(arm)
+    own, random = (_row(found, each, SHOWN_PROBE, SHOWN_BUDGET) for each in (arm, "random"))
+    if own is None or random is None:
+        return f"{title}: stopped by a monitor (docs/{page})\n{rest}"
+    minutes = bench.cells.made(f"{bench.name}-pretrain-{arm}")["cpu_seconds"] / 60
+    took = f"{bench.steps(arm)} steps, {minutes:.0f} CPU minutes"
+    scores = [xrays.number(row["value"]["mean"]) for row in (own, random)]
+    budget = SHOWN_BUDGET.replace("%", " %")
+    return f"{title}: {took}, AUROC {scores[0]} from {budget} of labels, random {scores[1]} (docs/{page})\n{rest}"
+
+
 def _protocol(probed: "list[Bench]") -> str:
     parts = "\n".join(f"- **{bench.name}**: {bench.about.title}; {_sizes(bench)}." for bench in probed)
     return f"""{parts}
