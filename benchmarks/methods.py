@@ -40,7 +40,7 @@ from sslmed.evaluation import comparison, probes, protocol
 from sslmed.evaluation.comparison import Features
 from sslmed.methods import METHODS
 from sslmed.models.backbones import BackboneConfig, build
-from sslmed.recipe import load_finetune, load_pretrain
+from sslmed.recipe import FinetuneRecipe, load_finetune, load_pretrain
 from sslmed.supervised import study
 from sslmed.supervised.arms import Arm as Start
 from sslmed.training.starts import start
@@ -56,10 +56,11 @@ IMAGENET, CONTINUED, RANDOM, PCA = "imagenet", "continued", "random", "pca"
 LITE = "tf_efficientnet_lite0"
 TUNED = ("train.max_steps=250", "train.batch_size=8", "optim.lr=2e-3", f"data.size={SIZE}", "data.workers=0")
 BUDGET, TUNE_SEEDS = "k=20", range(3)
-SEGMENTING = (
-    *("mae", "simmim", "ijepa"),
-    *("denoising", "context_encoder", "context_restoration", "models_genesis"),
-)
+RESTORATIVE = ("denoising", "context_encoder", "context_restoration", "models_genesis")
+SEGMENTING = ("mae", "simmim", "ijepa", *RESTORATIVE)
+ALONE = " backbone"  # behind a restorative method: its decoder stays behind
+# of teachers that leave: recipes' are for 100 epochs, and after so few steps would be 20 and 46 % random start
+MOMENTUM = {"ibot": 0.8, "ijepa": 0.95}
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ class Bench:
     def arms(self) -> list[str]:
         """Methods, and what stands beside them."""
         if not self.about.target:
-            return [*SEGMENTING, *(f"{RANDOM} {family}" for family in dict.fromkeys(map(self.family, SEGMENTING)))]
+            random = (f"{RANDOM} {family}" for family in dict.fromkeys(map(self.family, SEGMENTING)))
+            return [*SEGMENTING, *(method + ALONE for method in RESTORATIVE), *random]
         return [*METHODS, CONTINUED, IMAGENET, PCA]
 
     def family(self, arm: str) -> str:
@@ -152,7 +154,7 @@ class Bench:
             return arm.removeprefix(f"{RANDOM} ")
         if arm in (IMAGENET, CONTINUED):
             return LITE
-        config = load_pretrain(recipe_of(REFERENCE if arm == PCA else arm)).backbone
+        config = load_pretrain(recipe_of(REFERENCE if arm == PCA else arm.removesuffix(ALONE))).backbone
         return " ".join([config.name, *([f"patch {config.patch}"] if config.patch else ()), config.pool or ""]).strip()
 
     def run(self, arm: str) -> None:
@@ -164,7 +166,7 @@ class Bench:
                 self.tuned(arm, seed)
 
     def steps(self, arm: str) -> int:
-        """As many as take the compute of STEPS steps of SimCLR."""
+        """As many as take the compute of STEPS steps of SimCLR on X-rays."""
         if arm in (REFERENCE, CONTINUED):
             return STEPS
         ratio: float = cost(self.cells, arm, self.xrays)["with views"]
@@ -172,8 +174,11 @@ class Bench:
 
     def pretrained(self, arm: str) -> dict[str, Any]:
         """The cell of a pretraining: its ``weights``, or why it ``failed``."""
+        arm = arm.removesuffix(ALONE)
         recipe = recipe_of(REFERENCE if arm == CONTINUED else arm)
         settings = {"recipe": xrays.recipe_text(recipe), "split": self.store.split_digest, "steps": self.steps(arm)}
+        if arm in MOMENTUM:
+            settings["momentum"] = MOMENTUM[arm]
         begin = sha256(self.imagenet) if arm == CONTINUED else "random"
         return self.cells.run(
             f"{self.name}-pretrain-{arm}",
@@ -187,6 +192,8 @@ class Bench:
         shutil.rmtree(out, ignore_errors=True)  # whole in one sitting, or its CPU time would not count
         overrides = [f"train.max_steps={steps}", f"data.size={SIZE}", f"backbone.in_chans={self.about.channels}"]
         overrides += ["monitor.knn_every=0", "data.workers=0", "train.precision=32"]
+        if arm in MOMENTUM:
+            overrides += [f"method.momentum={MOMENTUM[arm]}", "method.momentum_rule=constant"]
         if arm == CONTINUED:
             overrides += [f"backbone.name={LITE}", f"backbone.init={self.imagenet}"]
         try:
@@ -199,7 +206,7 @@ class Bench:
 
     def folder(self, arm: str) -> Path:
         """The run of a pretraining."""
-        return self.work / f"{self.name}-{arm}"
+        return self.work / f"{self.name}-{arm.removesuffix(ALONE)}"
 
     def weights(self, arm: str) -> str:
         """What says which weights an arm has."""
@@ -212,6 +219,7 @@ class Bench:
     def probe(self, arm: str) -> list[dict[str, Any]]:
         """An arm beside as many random starts of its network as there are draws."""
         settings = {"weights": self.weights(arm), "split": self.store.split_digest, "size": SIZE}
+        settings |= {"budgets": self.about.budgets, "draws": len(SEEDS)}
         if settings["weights"] == "failed":
             return []
         found: list[dict[str, Any]] = self.cells.run(
@@ -232,20 +240,29 @@ class Bench:
         return [plain(row) for row in rows if row.metric == "auroc"]
 
     def _features(self, arm: str, seed: int | None = None) -> Features:
-        """Of an arm, or of random weights of its network; these are kept for the arms that share it."""
+        """Of an arm, or of the random weights that it begins with; these are kept for the arms that share them."""
         if arm == PCA and seed is None:
             return self._pixels()
         if seed is None:
             return Features(*(self._embed(self._network(arm), rows) for rows in (self.train, self.test)))
-        kept = self.work / "features" / f"{self.name}-{self.family(arm).replace(' ', '-')}-{seed}.npz"
+        network = self._begin(arm, seed)
+        kept = self.work / "features" / f"{self.name}-{self.store.split_digest[:8]}-{SIZE}-{digest(network)}.npz"
         if not kept.exists():
             kept.parent.mkdir(exist_ok=True)
-            network = build(self._config(arm), SIZE, seed).network
             partial = kept.with_suffix(f".{id(self)}.npz")
             np.savez(partial, *(self._embed(network, rows) for rows in (self.train, self.test)))
             partial.replace(kept)
         with np.load(kept) as sides:
             return Features(*sides.values())
+
+    def _begin(self, arm: str, seed: int) -> torch.nn.Module:
+        """The network of an arm before its first step: some methods draw weights or fix positions in their own way."""
+        torch.manual_seed(seed)
+        backbone = build(self._config(arm), SIZE, seed)
+        if arm not in METHODS:
+            return backbone.network
+        method = load_pretrain(recipe_of(arm)).method
+        return METHODS[arm](method, backbone).exported
 
     def _config(self, arm: str) -> BackboneConfig:
         if arm in (IMAGENET, CONTINUED):
@@ -285,7 +302,7 @@ class Bench:
 
     def tuned(self, arm: str, seed: int) -> dict[str, Any]:
         """The cell of a fine-tuning on few masks."""
-        recipe = load_finetune(f"{self.store.modality}/segmentation", TUNED)
+        recipe = self._tuning(arm)
         random = arm.startswith(f"{RANDOM} ")
         weights = RANDOM if random else self.weights(arm)
         if weights == "failed":
@@ -302,6 +319,10 @@ class Bench:
 
         return self.cells.run(f"{self.name}-dice-{arm}-{seed}", compute, **settings)
 
+    def _tuning(self, arm: str) -> FinetuneRecipe:
+        decoder = "random" if arm.endswith(ALONE) else "auto"
+        return load_finetune(f"{self.store.modality}/segmentation", (*TUNED, f"head.decoder={decoder}"))
+
     def _card(self, arm: str) -> artifact.Card:
         """An arm's own; of random weights that of a method with this network."""
         same = (each for each in SEGMENTING if self.family(each) == self.family(arm))
@@ -310,6 +331,7 @@ class Bench:
     def dice(self, arm: str) -> list[dict[str, Any]]:
         """Test Dice of an arm and of its random start, over all seeds, paired by patient."""
         settings = {"weights": self.weights(arm), "split": self.store.split_digest, "seeds": len(TUNE_SEEDS)}
+        settings["recipe"] = self._tuning(arm).model_dump(mode="json")
         if settings["weights"] == "failed":
             return []
 
@@ -327,14 +349,19 @@ class Bench:
         return found
 
     def _store(self, source: Path) -> Store:
-        """The store. Its site key is public, as the images are, so that everyone gets the same split."""
-        path = self.work / f"store-{self.name}"
+        path, about = self.work / f"store-{self.name}", self.about
         if not path.exists():
-            key = self.work / f"{self.name}.key"
-            key.write_text(hashlib.sha256(b"sslmed benchmark").hexdigest() + "\n", encoding="ascii")
-            options = {n: source / v if n in ("labels", "masks") else v for n, v in self.about.ingest.items()}
-            sslmed.ingest(source / self.about.source, path, key=key, **options)
+            options = {n: source / v if n in ("labels", "masks") else v for n, v in about.ingest.items()}
+            sslmed.ingest(source / about.source, path, key=xrays.public_key(self.work), **options)
         return Store(path)
+
+
+def digest(network: torch.nn.Module) -> str:
+    """Sixteen digits that say which weights a network has."""
+    found = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        found.update(name.encode() + tensor.numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def plain(row: comparison.Row) -> dict[str, Any]:

@@ -29,7 +29,7 @@ Written by `{command}`; do not edit.
 ## Which method for my data
 
 Frozen features, a {SHOWN_PROBE} probe from {SHOWN_BUDGET} of the labels, and Dice after fine-tuning on 20 ultrasound
-images; mean [95 %]. In brackets behind: the difference to random weights of the same network. "=" is no difference
+images; mean [95 %]. In brackets behind: the difference to the weights that the arm began with. "=" is no difference
 shown, "−" worse than random. `time` and `memory` are those of a training step beside SimCLR's (`method_costs.py`).
 
 {_choice(probed, nerves)}
@@ -40,7 +40,9 @@ shown, "−" worse than random. `time` and `memory` are those of a training step
 ## Segmentation of nerves from 20 images
 
 {nerves.about.title}: {_sizes(nerves)}. Pretrained on the train images, then fine-tuned on 20 of them, {{len}} seeds of
-draw, head and order; Dice on test images, mean over structures, each beside random weights of its own network.
+draw, head and order; Dice on test images, mean over structures, each beside random weights of its own network. A
+restorative method hands over its decoder too, so that only the last layer is drawn; with `backbone` behind its name
+it hands over the backbone alone, as the masked methods do.
 
 {_dice(nerves)}
 
@@ -67,18 +69,28 @@ def captioned(recipe: str, bench: "Bench", arm: str, page: str) -> str:
 
 
 def _protocol(probed: "list[Bench]") -> str:
+    from methods import STEPS
+
     parts = "\n".join(f"- **{bench.name}**: {bench.about.title}; {_sizes(bench)}." for bench in probed)
     return f"""{parts}
 
-Every method gets the compute of five minutes of SimCLR on one CPU core (`steps` are fewer where one costs more), at 96
-pixels, with the settings of its X-ray recipe. AUROC on test patients, mean over 5 label draws by patient [95 %, 2000
-patient bootstraps]; differences are to random weights of the same network, drawn anew for every label draw, and paired
+Every method gets as many steps as cost what {STEPS} of SimCLR do on X-rays: five minutes of one CPU core that has
+nothing else to do (`CPU seconds` below were measured with two at once). 96 pixels, and the settings of the method's
+X-ray recipe, but that teachers which leave follow faster ({_momenta()}; the recipes' are for 100 epochs, and would
+leave much of the random start in them). AUROC on test patients, mean over 5 label draws by patient [95 %, 2000 patient
+bootstraps]; differences are to the random weights that the arm began with, drawn anew for every label draw, and paired
 by patient. Intervals cover the choice of test patients, not another seed of pretraining: there was one. Five minutes
 are little, and methods differ in how soon they begin to learn; what wins after days is another question (the papers'
 numbers: each method's page).
 
 `imagenet` is the frozen ImageNet network, `continued` goes on from it with SimCLR, `pca` are principal components of
 the pixels."""
+
+
+def _momenta() -> str:
+    from methods import MOMENTUM
+
+    return ", ".join(f"`{arm}` {momentum}" for arm, momentum in MOMENTUM.items())
 
 
 def _sizes(bench: "Bench") -> str:
@@ -151,7 +163,7 @@ def _scores(bench: "Bench") -> str:
     for probe in comparison.PROBES:
         rows = []
         for budget in bench.about.budgets.split(","):
-            random: dict[str, dict[str, Any]] = {}
+            random: dict[str, tuple[dict[str, Any], list[str]]] = {}  # by what it scores: where arms begin alike
             for arm in bench.arms:
                 found = bench.probe(arm)
                 row = _row(found, arm, probe, budget)
@@ -159,8 +171,11 @@ def _scores(bench: "Bench") -> str:
                     rows.append([budget, bench.family(arm), arm, "failed", "", ""])
                     continue
                 rows.append(_line(row, budget, bench.family(arm)))
-                random[bench.family(arm)] = _row(found, "random", probe, budget) or {}
-            rows += [_line(row, budget, family) for family, row in random.items()]
+                begin = _row(found, "random", probe, budget) or {}
+                random.setdefault(bench.family(arm) + str(begin["value"]), (begin, []))[1].append(arm)
+            for begin, arms in random.values():
+                name = f"random ({', '.join(arms)})"
+                rows.append(_line(begin | {"arm": name}, budget, bench.family(arms[0])))
         parts.append(
             f"### {bench.name}, {probe}\n\n"
             + xrays.grid(["labels", "network", "arm", "AUROC", "less random", "verdict"], rows)
@@ -176,7 +191,7 @@ def _line(row: dict[str, Any], budget: str, family: str) -> list[str]:
 
 def _dice(bench: "Bench") -> str:
     rows = []
-    for arm in (arm for arm in bench.arms if arm in METHODS):
+    for arm in (arm for arm in bench.arms if not arm.startswith("random")):
         found = bench.dice(arm)
         own, random = (next((row for row in found if row["arm"] == each), None) for each in (arm, "random"))
         if own is None or random is None:

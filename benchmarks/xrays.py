@@ -19,16 +19,21 @@ ROOT = Path(__file__).parents[1]
 
 
 def open_store(source: Path, work: Path) -> Store:
-    """The store. Its site key is public, as the images are, so that everyone gets the same split."""
+    """The store."""
     work.mkdir(parents=True, exist_ok=True)
-    key = work / "site.key"
-    key.write_text(hashlib.sha256(b"sslmed benchmark").hexdigest() + "\n", encoding="ascii")
     if not (work / "store").exists():
-        labels = source / "labels.csv"
+        labels, key = source / "labels.csv", public_key(work)
         sslmed.ingest(
             source, work / "store", modality="xray", labels=labels, label_columns=("label", "subtype"), key=key
         )
     return Store(work / "store")
+
+
+def public_key(work: Path) -> Path:
+    """A file with the benchmarks' site key. It is public, as the images are, so that everyone gets the same split."""
+    key = work / "site.key"
+    key.write_text(hashlib.sha256(b"sslmed benchmark").hexdigest() + "\n", encoding="ascii")
+    return key
 
 
 def recipe_text(name: str) -> str:

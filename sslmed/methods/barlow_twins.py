@@ -9,7 +9,7 @@ from torch import nn
 from sslmed import config, distributed
 from sslmed.data.loading import Batch
 from sslmed.data.modality import Modality
-from sslmed.data.view_pairs import asymmetric, asymmetry_notes
+from sslmed.data.view_pairs import pair_notes, view_pair
 from sslmed.data.views import ViewConfig
 from sslmed.methods.method import Method
 from sslmed.models.backbones import Backbone
@@ -54,11 +54,11 @@ class BarlowTwins(Method):
 
     def views(self, modality: Modality) -> tuple[ViewConfig, ...]:
         """BYOL's views, as in the paper, where solarisation is legal; else both are alike."""
-        return asymmetric(modality) if self.config.asymmetric else (modality.view, modality.view)
+        return view_pair(modality, self.config.asymmetric)
 
     def notes(self, modality: Modality, batch_size: int) -> list[str]:
         """Which settings of views do nothing."""
-        return asymmetry_notes(modality) if self.config.asymmetric else []
+        return pair_notes(modality, self.config.asymmetric)
 
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Of the projections of both views; its two parts are logged, the second unweighted."""

@@ -3,20 +3,20 @@
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
 from sslmed import config
 from sslmed.data.loading import Batch
 from sslmed.data.modality import Modality
-from sslmed.data.view_pairs import asymmetric, asymmetry_notes
+from sslmed.data.view_pairs import pair_notes, view_pair
 from sslmed.data.views import ViewConfig
 from sslmed.methods.method import Method, Overfit, Progress
 from sslmed.models.backbones import Backbone
 from sslmed.models.momentum import MomentumRule, cosine_momentum, follow, follower, momentum_at, momentum_notes
 from sslmed.models.perceptrons import perceptron
 from sslmed.models.twins import twin_accuracy
+from sslmed.models.unit_length import unit
 
 
 class BYOLConfig(config.Config):
@@ -63,12 +63,12 @@ class BYOL(Method):
 
     def views(self, modality: Modality) -> tuple[ViewConfig, ...]:
         """The paper's asymmetry (table 6) needs solarisation; where that is not legal both are alike."""
-        return asymmetric(modality) if self.config.asymmetric else (modality.view, modality.view)
+        return view_pair(modality, self.config.asymmetric)
 
     def notes(self, modality: Modality, batch_size: int) -> list[str]:
         """What the momentum becomes at this batch size, and which settings of views do nothing."""
         found = momentum_notes(batch_size, self.config.momentum, self.config.momentum_rule)
-        return found + (asymmetry_notes(modality) if self.config.asymmetric else [])
+        return [*found, *pair_notes(modality, self.config.asymmetric)]
 
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The regression of each view's target projection from the other view's online prediction, both summed."""
@@ -109,8 +109,4 @@ def regression_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
     Inputs are (N, D); no gradient reaches the target.
     """
-    precision = torch.promote_types(prediction.dtype, torch.float32)
-    with torch.autocast(prediction.device.type, enabled=False):
-        p = F.normalize(prediction.to(precision), dim=1)
-        t = F.normalize(target.detach().to(precision), dim=1)
-        return (2 - 2 * (p * t).sum(dim=1)).mean()
+    return (2 - 2 * (unit(prediction) * unit(target.detach())).sum(dim=1)).mean()

@@ -19,6 +19,7 @@ from sslmed.models.masking import keyed_noise
 from sslmed.models.momentum import MomentumRule, follow, follower, momentum_at, momentum_notes
 from sslmed.models.pending import Pending
 from sslmed.models.twins import twin_accuracy
+from sslmed.models.unit_length import unit
 
 NOBODY = -1  # the group of a key that was drawn, not computed
 ALONE = -2  # the group of a query that all keys repel
@@ -202,9 +203,3 @@ def similarities(
         if groups is not None and queue_groups is not None:
             negative = negative.masked_fill(groups[:, None] == queue_groups, -torch.inf)
         return torch.cat([(q * keys.to(q.dtype)).sum(dim=1, keepdim=True), negative], dim=1) / temperature
-
-
-def unit(projections: torch.Tensor) -> torch.Tensor:
-    """Rows (N, D) of length 1, in fp32 or better also under autocast."""
-    with torch.autocast(projections.device.type, enabled=False):
-        return F.normalize(projections.to(torch.promote_types(projections.dtype, torch.float32)), dim=1)

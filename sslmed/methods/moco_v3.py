@@ -11,13 +11,14 @@ from torch import nn
 from sslmed import config, distributed
 from sslmed.data.loading import Batch
 from sslmed.data.modality import Modality
-from sslmed.data.view_pairs import asymmetric, asymmetry_notes
+from sslmed.data.view_pairs import pair_notes, view_pair
 from sslmed.data.views import ViewConfig
 from sslmed.methods.method import Method, Overfit, Progress
 from sslmed.models.backbones import Backbone, Eva, PatchEmbed, VisionTransformer
 from sslmed.models.momentum import MomentumRule, cosine_momentum, follow, follower, momentum_at, momentum_notes
 from sslmed.models.perceptrons import perceptron
 from sslmed.models.twins import twin_accuracy
+from sslmed.models.unit_length import unit
 
 
 class MoCoV3Config(config.Config):
@@ -72,12 +73,12 @@ class MoCoV3(Method):
 
     def views(self, modality: Modality) -> tuple[ViewConfig, ...]:
         """BYOL's views, as in the reference, where solarisation is legal; else both are alike."""
-        return asymmetric(modality) if self.config.asymmetric else (modality.view, modality.view)
+        return view_pair(modality, self.config.asymmetric)
 
     def notes(self, modality: Modality, batch_size: int) -> list[str]:
         """What the momentum becomes at this batch size, and which settings of views do nothing."""
         found = momentum_notes(batch_size, self.config.momentum, self.config.momentum_rule)
-        return found + (asymmetry_notes(modality) if self.config.asymmetric else [])
+        return [*found, *pair_notes(modality, self.config.asymmetric)]
 
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Both directions, summed."""
@@ -130,10 +131,8 @@ def contrastive_loss(
 
     Row i's positive is row i; no gradient reaches keys. Rows of equal ``groups`` (N,) do not repel each other.
     """
-    precision = torch.promote_types(queries.dtype, torch.float32)
     with torch.autocast(queries.device.type, enabled=False):
-        q = F.normalize(queries.to(precision), dim=1)
-        k = distributed.gather(F.normalize(keys.detach().to(precision), dim=1))
+        q, k = unit(queries), distributed.gather(unit(keys.detach()))
         logits = q @ k.T / temperature
         here = torch.arange(len(q), device=q.device)
         positive = here + distributed.rank() * len(q)

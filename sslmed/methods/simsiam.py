@@ -3,7 +3,6 @@
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
@@ -15,6 +14,7 @@ from sslmed.methods.method import Method, Overfit
 from sslmed.models.backbones import Backbone
 from sslmed.models.perceptrons import perceptron
 from sslmed.models.twins import twin_accuracy
+from sslmed.models.unit_length import unit
 from sslmed.optim import Parameters
 
 
@@ -78,8 +78,4 @@ def symmetric_loss(p1: torch.Tensor, p2: torch.Tensor, z1: torch.Tensor, z2: tor
 
 def negative_cosine(prediction: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
     """- cos(p, z), mean over rows (equations 1 and 3); no gradient reaches the projection."""
-    precision = torch.promote_types(prediction.dtype, torch.float32)
-    with torch.autocast(prediction.device.type, enabled=False):
-        p = F.normalize(prediction.to(precision), dim=1)
-        z = F.normalize(projection.detach().to(precision), dim=1)
-        return -(p * z).sum(dim=1).mean()
+    return -(unit(prediction) * unit(projection.detach())).sum(dim=1).mean()

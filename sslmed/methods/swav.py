@@ -15,6 +15,7 @@ from sslmed.data.views import ViewConfig
 from sslmed.methods.method import Method, Overfit, Progress
 from sslmed.models.backbones import Backbone
 from sslmed.models.pending import Pending
+from sslmed.models.unit_length import unit
 from sslmed.models.view_sizes import accept_scale, of_each_view
 
 
@@ -100,12 +101,12 @@ class SwAV(Method):
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The cross-entropy between the assignments of each whole view and the predictions of all other views."""
         projected = self.projector(of_each_view(self.backbone, batch.views).flatten(0, 1))
-        embedded = F.normalize(projected).unflatten(0, (len(batch.views), -1))
-        scores = self.prototypes(embedded).transpose(0, 1)
+        embedded = unit(projected).unflatten(0, (len(batch.views), -1))
+        scores = self._scores(embedded).transpose(0, 1)
         config = self.config
         earlier = self._queued_scores(batch.epoch)
         if config.queue:
-            whole = embedded[:GLOBAL_VIEWS].detach().float().transpose(0, 1).contiguous()
+            whole = embedded[:GLOBAL_VIEWS].detach().transpose(0, 1).contiguous()
             self._pending.add(self, distributed.gather(whole).transpose(0, 1))
         loss = swapped_prediction(scores, config.temperature, config.epsilon, config.iterations, earlier)
         used = torch.zeros_like(scores[0, 0]).index_fill(0, scores[:, 0].detach().argmax(dim=1), 1)
@@ -144,8 +145,13 @@ class SwAV(Method):
         if not config.queue or epoch < config.queue_from or int(self.queued) < config.queue:
             return None
         mine = self.queue[:, distributed.rank() :: distributed.world_size()]
-        scores: torch.Tensor = self.prototypes(mine)
-        return scores.transpose(0, 1)
+        return self._scores(mine).transpose(0, 1)
+
+    def _scores(self, embedded: torch.Tensor) -> torch.Tensor:
+        """Cosines with the prototypes. bf16 would round them before an epsilon of 0.05 enlarges them."""
+        with torch.autocast(embedded.device.type, enabled=False):
+            scores: torch.Tensor = self.prototypes(embedded)
+            return scores
 
 
 def swapped_prediction(

@@ -1,9 +1,9 @@
 """KoLeo: a loss that spreads the points of a batch apart."""
 
 import torch
-import torch.nn.functional as F
 
 from sslmed import distributed
+from sslmed.models.unit_length import unit
 
 LEAST_DISTANCE = 1e-6  # of two points of length 1, which fp32 cannot tell from none; below it nothing is pushed apart
 
@@ -20,9 +20,8 @@ def koleo(features: torch.Tensor, groups: torch.Tensor | None = None) -> torch.T
         features: rows of this process.
         groups: (N,); rows of one number are not pushed apart. By default every row is.
     """
-    precision = torch.promote_types(features.dtype, torch.float32)
+    points = unit(features)
     with torch.autocast(features.device.type, enabled=False):
-        points = F.normalize(features.to(precision), dim=1)
         everyone, places = distributed.gather(points), torch.arange(len(points), device=points.device)
         near = (points @ everyone.T).detach()
         near[places, places + distributed.rank() * len(points)] = -torch.inf

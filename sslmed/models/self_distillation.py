@@ -11,6 +11,7 @@ from sslmed import distributed
 from sslmed.config import Config
 from sslmed.models.momentum import MomentumRule
 from sslmed.models.pending import Pending
+from sslmed.models.unit_length import unit
 
 Temperature = Annotated[float, Field(gt=0, le=1)]
 
@@ -93,8 +94,7 @@ class DistillationHead(nn.Module):
     def embed(self, features: torch.Tensor) -> torch.Tensor:
         """The bottleneck (..., bottleneck), of length 1, in fp32 or better."""
         narrow = self.mlp(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
-        with torch.autocast(narrow.device.type, enabled=False):
-            return F.normalize(narrow.to(torch.promote_types(narrow.dtype, torch.float32)), dim=-1)
+        return unit(narrow)
 
     def logits(self, embedded: torch.Tensor) -> torch.Tensor:
         """Logits (..., out) of what ``embed`` gives. bf16 would round cosines that a temperature of 0.04 enlarges."""

@@ -1,7 +1,6 @@
 """SwAV: even assignments over processes, prototypes of length 1, the queue, multi-crop. Its loss: tests/parity."""
 
 import copy
-import math
 
 import distillation_ranks
 import pytest
@@ -166,9 +165,15 @@ def test_without_local_views_two_views_swap() -> None:
     assert torch.isfinite(method.loss(batch)["loss"])
 
 
-def test_predictions_that_favour_nothing_cost_the_logarithm() -> None:
-    method, (batch,) = made("swav", temperature=10), batches(1)
-    assert method.loss(batch)["loss"].item() == pytest.approx(math.log(6), abs=0.05)
+def test_cosines_and_what_is_queued_stay_in_fp32_under_autocast() -> None:
+    method, (batch,) = made("swav", queue=16, queue_from=0), batches(1)
+    method.queue.normal_(generator=torch.Generator().manual_seed(0))
+    method.queued.fill_(16)
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    method.prototypes.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        method.loss(batch)
+    assert seen == [(torch.float32, torch.float32)] * 2
 
 
 def test_more_prototypes_than_images_are_warned_of() -> None:
