@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from sslmed.config import Config
@@ -43,6 +43,15 @@ class OptimConfig(Config):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     trust: Annotated[float, Field(gt=0)] = 1e-3
+
+    @model_validator(mode="after")
+    def _decay_begins(self) -> Self:
+        if self.final_weight_decay and not self.weight_decay:
+            raise ValueError(
+                f"final_weight_decay is {self.final_weight_decay} and weight_decay 0, which leaves nothing to decay; "
+                "allowed: a weight_decay above 0"
+            )
+        return self
 
     def peak_lr(self, batch_size: int) -> float:
         """The peak learning rate for a global batch of ``batch_size`` samples."""

@@ -260,3 +260,9 @@ def test_each_gradient_is_clipped_by_itself() -> None:
     torch.testing.assert_close(small.grad, torch.tensor([0.3, 0.4]))
     clip_each([without], 3.0)
     assert without.grad is None
+
+
+def test_a_decay_that_could_not_climb_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"final_weight_decay is 0\.4 and weight_decay 0.*allowed: a weight_decay"):
+        OptimConfig(weight_decay=0, final_weight_decay=0.4)
+    OptimConfig(weight_decay=0, final_weight_decay=0)

@@ -22,8 +22,9 @@ from sslmed.data.store import Store
 from sslmed.data.targets import one_label
 from sslmed.distributed import agree, first, together, world_size
 from sslmed.evaluation import metrics, probes
+from sslmed.image_size import sides
 from sslmed.methods import METHODS
-from sslmed.methods.method import Method
+from sslmed.methods.method import Course, Method
 from sslmed.recipe import PretrainRecipe, changes, dump, load_pretrain
 from sslmed.run import Run, read, read_metrics
 from sslmed.training.fit import Fitted, fit, seed_everything
@@ -225,14 +226,27 @@ def _assemble(
     channels, slices = settings.backbone.in_chans, settings.data.slices
     check_channels(channels, store, policy, slices)
     method = METHODS[settings.method.name](settings.method, begun.backbone)  # type: ignore[attr-defined]
-    method.check(settings.train.batch_size)
+    course = _course(settings, store)
+    method.check(course)
     positives = _positives(settings, method, store)
     notes = [positives.note()] if positives else []
-    notes += method.notes(policy, settings.train.batch_size)
+    notes += method.notes(policy, course)
     views, size, seed = method.views(policy), settings.data.size, settings.train.seed
     kind = RawDataset if settings.data.augment_on == "device" else ViewDataset
     dataset = kind(store, policy, views, size, channels, seed, None, positives, slices)
     return method, dataset, begun, tuple(notes)
+
+
+def _course(settings: PretrainRecipe, store: Store) -> Course:
+    train, images = settings.train, len(_training_rows(store))
+    return Course(
+        train.batch_size,
+        (settings.backbone.in_chans, *sides(settings.data.size)),
+        train.total_steps(images),
+        steps_per_epoch(images, train.batch_size),
+        train.accumulate,
+        max(processes(train), world_size()),
+    )
 
 
 def _policy(settings: PretrainRecipe, store: Store) -> Modality:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from sslmed import config
 from sslmed.data.loading import Batch
 from sslmed.data.modality import Modality
+from sslmed.methods.method import Course
 from sslmed.methods.restorative import Restorative
 from sslmed.models.backbones import Backbone
 from sslmed.models.masking import keyed_noise
@@ -61,9 +62,9 @@ class ContextEncoder(Restorative):
         usual = OVERLAP if config.holes == "centre" else 0
         self.overlap = usual if config.overlap is None else config.overlap
 
-    def notes(self, modality: Modality, batch_size: int) -> list[str]:
+    def notes(self, modality: Modality, course: Course) -> list[str]:
         """Names the settings that do nothing here, and what stays untrained."""
-        found = super().notes(modality, batch_size)
+        found = super().notes(modality, course)
         if self.config.holes == "centre" and "area" in self.config.model_fields_set:
             found.append("method.area has no effect with method.holes=centre, which hides a quarter of the image")
         if not self.overlap and "overlap_weight" in self.config.model_fields_set:

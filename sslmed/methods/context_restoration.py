@@ -8,6 +8,7 @@ from pydantic import Field
 from sslmed import config
 from sslmed.config import UsageError
 from sslmed.data.loading import Batch
+from sslmed.methods.method import Course
 from sslmed.methods.restorative import Restorative
 from sslmed.models.corruptions import moved, swap_cells, swap_sources
 from sslmed.models.masking import keyed_noise
@@ -38,15 +39,14 @@ class ContextRestoration(Restorative):
     Config = ContextRestorationConfig
     config: ContextRestorationConfig
 
-    def corrupted(self, batch: Batch) -> torch.Tensor:
-        """The images of the batch with swapped patches, keyed by seed, epoch and each image's id.
+    def check(self, course: Course) -> None:
+        """There must be as many patches as are to be swapped.
 
         Raises:
-            UsageError: there are not so many patches.
+            UsageError: there are fewer.
         """
-        images = batch.views[0]
-        height, width = images.shape[-2:]
-        patch = max(1, round(height * self.config.patch)), max(1, round(width * self.config.patch))
+        height, width = course.shape[1:]
+        patch = self._patch(height, width)
         rows, columns = swap_cells((height, width), patch)
         if rows * columns < 2 * self.config.swaps:
             raise UsageError(
@@ -54,6 +54,16 @@ class ContextRestoration(Restorative):
                 f"{columns} patches of {patch[0]} x {patch[1]} to swap; allowed: at most {rows * columns // 2}. "
                 "Lower it, or lower method.patch"
             )
+
+    def corrupted(self, batch: Batch) -> torch.Tensor:
+        """The images of the batch with swapped patches, keyed by seed, epoch and each image's id."""
+        images = batch.views[0]
+        height, width = images.shape[-2:]
+        patch = self._patch(height, width)
+        rows, columns = swap_cells((height, width), patch)
         noise = keyed_noise(batch.seed, batch.epoch, batch.ids, 2 + rows * columns, "swaps").to(images.device)
         sources = swap_sources(noise[:, 2:], noise[:, :2], (height, width), patch, self.config.swaps)
         return moved(images, sources)
+
+    def _patch(self, height: int, width: int) -> tuple[int, int]:
+        return max(1, round(height * self.config.patch)), max(1, round(width * self.config.patch))

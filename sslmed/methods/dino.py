@@ -11,7 +11,7 @@ from sslmed.data.loading import Batch
 from sslmed.data.modality import Modality
 from sslmed.data.multi_crop import GLOBAL_VIEWS, MultiCropConfig
 from sslmed.data.views import ViewConfig
-from sslmed.methods.method import Method, Overfit, Progress
+from sslmed.methods.method import Course, Method, Overfit, Progress
 from sslmed.models.backbones import Backbone
 from sslmed.models.momentum import cosine_momentum, follow, follower, momentum_at, momentum_notes
 from sslmed.models.self_distillation import (
@@ -71,11 +71,12 @@ class DINO(Method):
         """Two whole views and smaller ones, which differ in nothing else."""
         return self.config.crops(modality, self.local_scale)
 
-    def notes(self, modality: Modality, batch_size: int) -> list[str]:
-        """What of the views is idle, and what the momentum becomes at this batch size."""
+    def notes(self, modality: Modality, course: Course) -> list[str]:
+        """What of the views is idle, what the momentum becomes at this batch size, and what never trains."""
         return [
             *self.config.crop_notes(modality, self.local_scale),
-            *momentum_notes(batch_size, self.config.momentum, self.config.momentum_rule),
+            *momentum_notes(course.batch_size, self.config.momentum, self.config.momentum_rule),
+            *self.config.freeze_notes(course.epochs),
         ]
 
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from sslmed.data.modality import Modality
 from sslmed.data.multi_crop import GLOBAL_VIEWS, MultiCropConfig
 from sslmed.data.views import ViewConfig
 from sslmed.keyed_rng import rng
-from sslmed.methods.method import Method, Overfit, Progress
+from sslmed.methods.method import Course, Method, Overfit, Progress
 from sslmed.models.backbones import Backbone, BackboneConfig, in_timm
 from sslmed.models.blockwise import blockwise_mask
 from sslmed.models.koleo import koleo
@@ -112,11 +112,12 @@ class IBOT(Method):
         """Two whole views and smaller ones, which differ in nothing else."""
         return self.config.crops(modality, self.local_scale)
 
-    def notes(self, modality: Modality, batch_size: int) -> list[str]:
-        """What of the views is idle, and what the momentum becomes at this batch size."""
+    def notes(self, modality: Modality, course: Course) -> list[str]:
+        """What of the views is idle, what the momentum becomes at this batch size, and what never trains."""
         return [
             *self.config.crop_notes(modality, self.local_scale),
-            *momentum_notes(batch_size, self.config.momentum, self.config.momentum_rule),
+            *momentum_notes(course.batch_size, self.config.momentum, self.config.momentum_rule),
+            *self.config.freeze_notes(course.epochs),
         ]
 
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:

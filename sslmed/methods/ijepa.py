@@ -12,7 +12,7 @@ from sslmed.data.geometry_view import geometry_view, idle_knobs
 from sslmed.data.loading import Batch
 from sslmed.data.modality import Modality
 from sslmed.data.views import ViewConfig
-from sslmed.methods.method import Method, Overfit, Progress
+from sslmed.methods.method import Course, Method, Overfit, Progress
 from sslmed.models.backbones import Backbone, BackboneConfig
 from sslmed.models.block_masks import BlockRule
 from sslmed.models.decoders import JEPAPredictor, sine_cosine_positions, truncated
@@ -100,10 +100,10 @@ class IJEPA(Method):
         """One view: the modality's crop and tilt; no flips, no changed intensities (section 4, "Pretraining")."""
         return (geometry_view(modality, GEOMETRY),)
 
-    def notes(self, modality: Modality, batch_size: int) -> list[str]:
+    def notes(self, modality: Modality, course: Course) -> list[str]:
         """What the momentum becomes at this batch size, and which settings of views do nothing."""
         return [
-            *momentum_notes(batch_size, self.config.momentum, self.config.momentum_rule),
+            *momentum_notes(course.batch_size, self.config.momentum, self.config.momentum_rule),
             *idle_knobs(modality, self.config.name, GEOMETRY),
         ]
 

@@ -1,46 +1,39 @@
 """Jigsaw puzzles (Noroozi & Favaro, arXiv 1603.09246)."""
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import nn
 
-from sslmed import config
 from sslmed.data.loading import Batch
 from sslmed.data.modality import Modality
 from sslmed.data.upright_views import placement_notes, upright_view
 from sslmed.data.views import ViewConfig
 from sslmed.keyed_rng import rng
-from sslmed.methods.method import Method, Overfit
+from sslmed.methods.method import Course, Method, Overfit
 from sslmed.models.backbones import Backbone
-from sslmed.models.patch_grid import PLACES, PatchGrid, features
+from sslmed.models.patch_grid import PLACES, PatchGrid, PatchGridConfig, Share, features
 from sslmed.models.permutations import maximal_hamming
 
 
-class JigsawConfig(config.Config):
+class JigsawConfig(PatchGridConfig):
     """The knobs of jigsaw puzzles.
 
     Attributes:
         permutations: how many orders there are to tell apart. VISSL has 100, 2,000 and 10,000 and finds 100 the best
             for ResNet-50 (MODEL_ZOO.md); the paper has up to 1,000 (section 4.2).
         hidden: width of each patch's projection; VISSL's 1,000 (jigsaw_8gpu_resnet.yaml).
-        gap: least distance of two patches, as a share of a cell's side.
-        jitter: how far a patch moves in its cell, alike; VISSL's 21 of 85 pixels.
+        gap: see `PatchGridConfig`.
+        jitter: alike; VISSL's 21 of 85 pixels.
     """
 
     name: Literal["jigsaw"] = "jigsaw"
     permutations: Annotated[int, Field(ge=2, le=10000)] = 100
     hidden: Annotated[int, Field(ge=1)] = 1000
-    gap: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    jitter: Annotated[float, Field(ge=0, le=0.5)] = 21 / 85
-
-    @model_validator(mode="after")
-    def _patches_are_left(self) -> Self:
-        if self.gap + self.jitter > 0.5:
-            raise ValueError(f"gap and jitter are {self.gap} and {self.jitter}; allowed: at most 0.5 together")
-        return self
+    gap: Share = 0.0
+    jitter: Share = 21 / 85
 
 
 class Jigsaw(Method):
@@ -66,14 +59,21 @@ class Jigsaw(Method):
         """One upright view, mirrored where the modality is, as VISSL does; colour mostly dropped."""
         return (upright_view(modality, mirrored=True),)
 
-    def notes(self, modality: Modality, batch_size: int) -> list[str]:
+    def check(self, course: Course) -> None:
+        """Patches must be large enough for the network.
+
+        Raises:
+            UsageError: they are not; it says which size of images would do.
+        """
+        self.grid.check(self.backbone, course.shape, "jigsaw")
+
+    def notes(self, modality: Modality, course: Course) -> list[str]:
         """Where there is nothing to puzzle, or the solution shows."""
         return placement_notes("jigsaw", modality, self.views(modality)[0])
 
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The order is predicted from the patches' features, each made without sight of the others."""
         images = batch.views[0]
-        self.grid.check(self.backbone, images, "jigsaw")
         patches = self.grid.cut(images, batch.seed, batch.epoch, batch.ids, "jigsaw jitter")
         orders = drawn_orders(batch, len(self.permutations)).to(images.device)
         seen = features(self.backbone, arranged(patches, self.permutations[orders]))

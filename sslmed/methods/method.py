@@ -31,6 +31,37 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Course:
+    """What a training is going to be.
+
+    Attributes:
+        batch_size: images of an optimizer step, over all processes and accumulated parts.
+        shape: channels, height and width of a whole view.
+        total: optimizer steps.
+        steps_per_epoch: alike.
+        accumulate: parts of a step, one after another.
+        processes: that share each part.
+    """
+
+    batch_size: int
+    shape: tuple[int, int, int]
+    total: int
+    steps_per_epoch: int
+    accumulate: int = 1
+    processes: int = 1
+
+    @property
+    def at_once(self) -> int:
+        """Images that ``loss`` sees together, over all processes."""
+        return self.batch_size // self.accumulate
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that are begun."""
+        return -(-self.total // self.steps_per_epoch)
+
+
+@dataclass(frozen=True)
 class Overfit:
     """How the contract test sees that 8 fixed scans are learnt in ``steps``.
 
@@ -84,8 +115,8 @@ class Method(pl.LightningModule, ABC):
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
         """``loss``, a scalar with gradient; ``embeddings`` (N, D) that must not collapse; any scalars worth logging."""
 
-    def check(self, batch_size: int) -> None:
-        """Refuse settings that do not fit a global batch of ``batch_size``; called before training.
+    def check(self, course: Course) -> None:
+        """Refuse settings that do not fit the training; called before anything is written.
 
         Raises:
             UsageError: they do not.
@@ -100,8 +131,8 @@ class Method(pl.LightningModule, ABC):
     def after_step(self, progress: Progress) -> None:
         """Called once after every performed, not skipped, optimizer step: momentum encoders, queues, temperatures."""
 
-    def notes(self, modality: Modality, batch_size: int) -> list[str]:
-        """What the user should know before training on such images with such a global batch, a sentence a line."""
+    def notes(self, modality: Modality, course: Course) -> list[str]:
+        """What the user should know before such a training on such images, a sentence a line."""
         return []
 
     def pictures(self, batch: Batch) -> torch.Tensor | None:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -13,7 +13,7 @@ from sslmed.config import UsageError
 from sslmed.data.loading import Batch
 from sslmed.data.modality import Modality
 from sslmed.data.views import ViewConfig
-from sslmed.methods.method import Method, Overfit, Progress
+from sslmed.methods.method import Course, Method, Overfit, Progress
 from sslmed.models.backbones import Backbone
 from sslmed.models.masking import keyed_noise
 from sslmed.models.momentum import MomentumRule, follow, follower, momentum_at, momentum_notes
@@ -52,6 +52,13 @@ class MoCoV2Config(config.Config):
     out: Annotated[int, Field(ge=2)] = 128
     shuffle_size: Annotated[int, Field(ge=0)] = 32
 
+    @field_validator("shuffle_size")
+    @classmethod
+    def _normalises(cls, size: int) -> int:
+        if size == 1:
+            raise ValueError("shuffle_size is 1, of which BatchNorm has no statistics; allowed: 0, or 2 and more")
+        return size
+
 
 class MoCoV2(Method):
     """An image's key, by a slowly following encoder, attracts its query; a queue of earlier images' keys repels it."""
@@ -82,13 +89,13 @@ class MoCoV2(Method):
         """Both views come from the same distribution."""
         return modality.view, modality.view
 
-    def check(self, batch_size: int) -> None:
+    def check(self, course: Course) -> None:
         """The queue must hold whole batches, as in the reference.
 
         Raises:
             UsageError: the queue is no multiple of the batch.
         """
-        length = self.config.queue
+        length, batch_size = self.config.queue, course.batch_size
         if length % batch_size:
             below = length // batch_size * batch_size
             near = " or ".join(str(each) for each in (below, below + batch_size) if each)
@@ -97,15 +104,15 @@ class MoCoV2(Method):
                 f"Give method.queue={near}, or another train.batch_size"
             )
 
-    def notes(self, modality: Modality, batch_size: int) -> list[str]:
+    def notes(self, modality: Modality, course: Course) -> list[str]:
         """What the momentum becomes at this batch size, and where shuffling cannot help."""
         settings = self.config
-        found = momentum_notes(batch_size, settings.momentum, settings.momentum_rule)
-        if self._shuffles and batch_size < 2 * settings.shuffle_size:
+        found = momentum_notes(course.batch_size, settings.momentum, settings.momentum_rule)
+        if self._shuffles and course.processes * self._groups(course.at_once // course.processes) < 2:
             found.append(
-                f"note: a batch of {batch_size} is one group of method.shuffle_size {settings.shuffle_size}, so that "
-                "BatchNorm may tell a key of this batch from older ones; lower method.shuffle_size, or raise "
-                "train.batch_size"
+                f"note: {course.at_once} images at a time are one group of method.shuffle_size "
+                f"{settings.shuffle_size}, so that BatchNorm may tell a key of this batch from older ones; lower "
+                "method.shuffle_size or train.accumulate, or raise train.batch_size"
             )
         return found
 
@@ -160,8 +167,12 @@ class MoCoV2(Method):
         return shuffled[order.argsort()]
 
     def _in_groups(self, network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        groups = max(1, len(images) // self.config.shuffle_size) if self._shuffles else 1
+        groups = self._groups(len(images)) if self._shuffles else 1
         return torch.cat([network(group) for group in images.tensor_split(groups)])
+
+    def _groups(self, images: int) -> int:
+        """In how many groups BatchNorm sees as many images of a process."""
+        return max(1, images // self.config.shuffle_size)
 
 
 def info_nce(

@@ -13,7 +13,7 @@ from sslmed.data.loading import Batch
 from sslmed.data.modality import Modality
 from sslmed.data.view_pairs import pair_notes, view_pair
 from sslmed.data.views import ViewConfig
-from sslmed.methods.method import Method, Overfit, Progress
+from sslmed.methods.method import Course, Method, Overfit, Progress
 from sslmed.models.backbones import Backbone, Eva, PatchEmbed, VisionTransformer
 from sslmed.models.momentum import MomentumRule, cosine_momentum, follow, follower, momentum_at, momentum_notes
 from sslmed.models.perceptrons import perceptron
@@ -75,9 +75,9 @@ class MoCoV3(Method):
         """BYOL's views, as in the reference, where solarisation is legal; else both are alike."""
         return view_pair(modality, self.config.asymmetric)
 
-    def notes(self, modality: Modality, batch_size: int) -> list[str]:
+    def notes(self, modality: Modality, course: Course) -> list[str]:
         """What the momentum becomes at this batch size, and which settings of views do nothing."""
-        found = momentum_notes(batch_size, self.config.momentum, self.config.momentum_rule)
+        found = momentum_notes(course.batch_size, self.config.momentum, self.config.momentum_rule)
         return [*found, *pair_notes(modality, self.config.asymmetric)]
 
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:

@@ -1,51 +1,44 @@
 """Relative position: context prediction (Doersch et al., arXiv 1505.05192)."""
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import nn
 
-from sslmed import config
 from sslmed.data.loading import Batch
 from sslmed.data.modality import Modality
 from sslmed.data.upright_views import placement_notes, upright_view
 from sslmed.data.views import ViewConfig
 from sslmed.keyed_rng import rng
-from sslmed.methods.method import Method, Overfit
+from sslmed.methods.method import Course, Method, Overfit
 from sslmed.models.backbones import Backbone
-from sslmed.models.patch_grid import PLACES, PatchGrid, features
+from sslmed.models.patch_grid import PLACES, PatchGrid, PatchGridConfig, Share, features
 
 NEIGHBOURS = PLACES - 1
 CENTRE = PLACES // 2
 
 
-class RelativePositionConfig(config.Config):
+class RelativePositionConfig(PatchGridConfig):
     """The knobs of relative position.
 
     Attributes:
         all_eight: every image gives a question for each of its eight neighbours, as in mmselfsup; otherwise for one,
             drawn at random.
-        gap: least distance of two patches, as a share of a cell's side; the paper's 34 of 144 pixels (section 3.1:
+        gap: see `PatchGridConfig`; the paper's 34 of 144 pixels (section 3.1:
             patches of 96, 48 apart, moved by up to 7 either way). mmselfsup has none.
-        jitter: how far a patch moves in its cell, alike; the paper's 14 of 144. mmselfsup has 21 of 85.
+        jitter: alike; the paper's 14 of 144. mmselfsup has 21 of 85.
         hidden: width of the layer that sees both patches; mmselfsup's (relative_loc_neck.py).
         dropout: of that layer, alike.
     """
 
     name: Literal["relative_position"] = "relative_position"
     all_eight: bool = True
-    gap: Annotated[float, Field(ge=0, le=0.5)] = 34 / 144
-    jitter: Annotated[float, Field(ge=0, le=0.5)] = 14 / 144
+    gap: Share = 34 / 144
+    jitter: Share = 14 / 144
     hidden: Annotated[int, Field(ge=1)] = 4096
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
-
-    @model_validator(mode="after")
-    def _patches_are_left(self) -> Self:
-        if self.gap + self.jitter > 0.5:
-            raise ValueError(f"gap and jitter are {self.gap} and {self.jitter}; allowed: at most 0.5 together")
-        return self
 
 
 class RelativePosition(Method):
@@ -75,14 +68,21 @@ class RelativePosition(Method):
         """One upright view that is never mirrored; colour mostly dropped."""
         return (upright_view(modality, mirrored=False),)
 
-    def notes(self, modality: Modality, batch_size: int) -> list[str]:
+    def check(self, course: Course) -> None:
+        """Patches must be large enough for the network.
+
+        Raises:
+            UsageError: they are not; it says which size of images would do.
+        """
+        self.grid.check(self.backbone, course.shape, "relative_position")
+
+    def notes(self, modality: Modality, course: Course) -> list[str]:
         """Where the place cannot be told, or is given away."""
         return placement_notes("relative_position", modality, self.views(modality)[0])
 
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Every patch goes through the network once, by itself; pairs meet after it."""
         images = batch.views[0]
-        self.grid.check(self.backbone, images, "relative_position")
         patches = self.grid.cut(images, batch.seed, batch.epoch, batch.ids, "relative position jitter")
         places = (all_places(len(images)) if self.config.all_eight else one_place(batch)).to(images.device)
         shown = patches[torch.arange(len(images), device=images.device)[:, None], with_centre(places)]

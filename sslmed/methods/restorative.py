@@ -10,7 +10,7 @@ from sslmed.data.geometry_view import geometry_view, idle_knobs
 from sslmed.data.loading import Batch
 from sslmed.data.modality import Modality
 from sslmed.data.views import ViewConfig
-from sslmed.methods.method import Method, Overfit
+from sslmed.methods.method import Course, Method, Overfit
 from sslmed.models.backbones import Backbone
 from sslmed.models.restorer import channels_of, gain_db, restoration_error, restored, unreached, untrained
 from sslmed.models.segmenters import PixelDecoder
@@ -40,7 +40,7 @@ class Restorative(Method):
         """One view: the modality's geometry, and intensities as they are, since they are what is predicted."""
         return (geometry_view(modality),)
 
-    def notes(self, modality: Modality, batch_size: int) -> list[str]:
+    def notes(self, modality: Modality, course: Course) -> list[str]:
         """Names the settings of views that do nothing here, and what stays untrained."""
         return [*idle_knobs(modality, self.config.name), *untrained(self.backbone, self.config.name)]
 

@@ -12,7 +12,7 @@ from sslmed.data.loading import Batch
 from sslmed.data.modality import Modality, changed_knobs
 from sslmed.data.views import ViewConfig
 from sslmed.keyed_rng import rng
-from sslmed.methods.method import Method, Overfit
+from sslmed.methods.method import Course, Method, Overfit
 from sslmed.models.backbones import Backbone
 
 TURNS = 4
@@ -49,7 +49,7 @@ class Rotation(Method):
         view = modality.view
         return (view.model_copy(update={"rot90": 0.0, "vflip": 0.0, "rotate": min(view.rotate, STEEPEST)}),)
 
-    def notes(self, modality: Modality, batch_size: int) -> list[str]:
+    def notes(self, modality: Modality, course: Course) -> list[str]:
         """Where the task cannot be solved, or can be solved without looking at the anatomy."""
         name = modality.name
         found = []

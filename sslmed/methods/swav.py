@@ -12,7 +12,7 @@ from sslmed.data.loading import Batch
 from sslmed.data.modality import Modality
 from sslmed.data.multi_crop import GLOBAL_VIEWS, MultiCropConfig
 from sslmed.data.views import ViewConfig
-from sslmed.methods.method import Method, Overfit, Progress
+from sslmed.methods.method import Course, Method, Overfit, Progress
 from sslmed.models.backbones import Backbone
 from sslmed.models.pending import Pending
 from sslmed.models.unit_length import unit
@@ -87,14 +87,25 @@ class SwAV(Method):
         """Two whole views and smaller ones, which differ in nothing else."""
         return self.config.crops(modality, self.local_scale)
 
-    def notes(self, modality: Modality, batch_size: int) -> list[str]:
-        """What of the views is idle, and whether there are more prototypes than images to spread over them."""
-        found = self.config.crop_notes(modality, self.local_scale)
-        if self.config.prototypes > batch_size + self.config.queue:
+    def notes(self, modality: Modality, course: Course) -> list[str]:
+        """What of the views is idle, what never comes, and whether prototypes outnumber the images spread over them."""
+        config = self.config
+        found = config.crop_notes(modality, self.local_scale)
+        if config.prototypes > course.at_once + config.queue:
             found.append(
-                f"warning: {batch_size + self.config.queue} images are spread over {self.config.prototypes} "
-                "prototypes at a time, so that most stay empty; lower method.prototypes, or raise train.batch_size "
-                "or method.queue"
+                f"warning: {course.at_once + config.queue} images are spread over {config.prototypes} prototypes at "
+                "a time, so that most stay empty; lower method.prototypes or train.accumulate, or raise "
+                "train.batch_size or method.queue"
+            )
+        if config.freeze_steps >= course.total:
+            found.append(
+                f"warning: method.freeze_steps is {config.freeze_steps}, and there are {course.total} steps: the "
+                "prototypes stay as they are drawn"
+            )
+        if config.queue and config.queue_from >= course.epochs:
+            found.append(
+                f"warning: the queue is used from epoch {config.queue_from} (method.queue_from, counted from 0), and "
+                f"there are {course.epochs}: it never is"
             )
         return found
 

@@ -12,7 +12,7 @@ from sslmed.data.loading import Batch
 from sslmed.data.modality import Modality
 from sslmed.data.view_pairs import pair_notes, view_pair
 from sslmed.data.views import ViewConfig
-from sslmed.methods.method import Method
+from sslmed.methods.method import Course, Method
 from sslmed.models.backbones import Backbone
 from sslmed.models.perceptrons import perceptron
 
@@ -61,7 +61,7 @@ class VICReg(Method):
         """BYOL's views, as in the paper, where solarisation is legal; else both are alike."""
         return view_pair(modality, self.config.asymmetric)
 
-    def notes(self, modality: Modality, batch_size: int) -> list[str]:
+    def notes(self, modality: Modality, course: Course) -> list[str]:
         """Which settings of views do nothing."""
         return pair_notes(modality, self.config.asymmetric)
 

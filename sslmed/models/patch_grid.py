@@ -1,11 +1,13 @@
 """Images cut into 3 x 3 patches with room between them, for tasks that ask where a patch was."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Annotated, Self
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 
-from sslmed.config import UsageError
+from sslmed.config import Config, UsageError
 from sslmed.keyed_rng import rng
 from sslmed.models.backbones import Backbone, in_timm
 
@@ -13,10 +15,30 @@ SIDE = 3
 PLACES = SIDE * SIDE
 FLAT = 0.05  # least deviation by which a patch is divided: noise of a flat one, such as JPEG's, is not blown up
 LEAST = 7  # pixels of a patch; the first kernel of a ResNet
+MOST = 0.5  # of a cell's side, that a patch may lose
+Share = Annotated[float, Field(ge=0, le=MOST)]
 LARGEST = 1024  # pixels of an image; where the search for one that a network takes ends
 
 
-@dataclass
+class PatchGridConfig(Config):
+    """The knobs of the grid.
+
+    Attributes:
+        gap: least distance of two patches, as a share of a cell's side.
+        jitter: how far a patch may move in its cell, alike.
+    """
+
+    gap: Share
+    jitter: Share
+
+    @model_validator(mode="after")
+    def _patches_are_left(self) -> Self:
+        if self.gap + self.jitter > MOST:
+            raise ValueError(f"gap and jitter are {self.gap} and {self.jitter}; allowed: at most {MOST} together")
+        return self
+
+
+@dataclass(frozen=True)
 class PatchGrid:
     """How patches lie in the nine cells of an image.
 
@@ -30,7 +52,6 @@ class PatchGrid:
 
     gap: float
     jitter: float
-    _fitting: torch.Size | None = field(default=None, init=False, repr=False)  # images whose patches a network takes
 
     def patch(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of a patch, pixels, in images of ``size``; 0 or less where there is no room for one."""
@@ -63,18 +84,15 @@ class PatchGrid:
         places = torch.stack(torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij"), dim=2).flatten(0, 1)
         return offsets + places * cells + edges + half_gap
 
-    def check(self, backbone: Backbone, images: torch.Tensor, method: str) -> None:
-        """Refuse images whose patches are too small for the network; it is asked once for images of one shape.
+    def check(self, backbone: Backbone, shape: tuple[int, int, int], method: str) -> None:
+        """Refuse images of ``shape`` (C, H, W) whose patches are too small for the network.
 
         Raises:
             UsageError: with the least size that would do.
         """
-        if images.shape[1:] == self._fitting:
-            return
-        height, width = images.shape[2:]
-        patch, channels = self.patch((height, width)), images.shape[1]
+        channels, height, width = shape
+        patch = self.patch((height, width))
         if takes(backbone, channels, patch):
-            self._fitting = images.shape[1:]
             return
         name = in_timm(backbone.network)
         shown = f"{method} cuts images of {height} x {width} into patches of {patch[0]} x {patch[1]} pixels"

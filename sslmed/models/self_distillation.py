@@ -53,6 +53,15 @@ class DistillationConfig(Config):
     freeze_last_layer: Annotated[int, Field(ge=0)] = 1
     clip: Annotated[float, Field(ge=0)] = 3.0
 
+    def freeze_notes(self, epochs: int) -> list[str]:
+        """What to say before a training of so many epochs if the last layer is never set free."""
+        if self.freeze_last_layer < epochs:
+            return []
+        return [
+            f"warning: method.freeze_last_layer is {self.freeze_last_layer} epochs, and {epochs} are begun: the last "
+            "layer stays as it is drawn"
+        ]
+
     def temperature(self, epoch: int) -> float:
         """The teacher's temperature in an epoch, counted from 0: on a line to the last epoch of the warm-up."""
         if epoch >= self.warmup_epochs:

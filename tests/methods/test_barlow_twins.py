@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from courses import course
 from torch import nn
 
 from sslmed.data.loading import Batch
@@ -97,5 +98,5 @@ def test_views_are_byols_where_solarisation_is_legal() -> None:
     xray, photo = MODALITIES["xray"], MODALITIES["photo"]
     assert small().views(xray) == (xray.view, xray.view)
     assert small(asymmetric=False).views(photo) == (photo.view, photo.view)
-    assert "replace views.blur" in small().notes(with_views(photo, {"blur": 0.0}), 256)[0]
-    assert not small().notes(xray, 256)
+    assert "replace views.blur" in small().notes(with_views(photo, {"blur": 0.0}), course(256))[0]
+    assert not small().notes(xray, course(256))

@@ -3,6 +3,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+from courses import course
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -67,14 +68,14 @@ def test_views_are_asymmetric_where_solarisation_is_legal() -> None:
 
 def test_the_momentum_is_rescaled_with_the_batch_and_said() -> None:
     method, xray = small(momentum=0.99), MODALITIES["xray"]
-    (note,) = method.notes(xray, 64)
+    (note,) = method.notes(xray, course(64))
     assert "0.99 is quoted for batch 256; at batch 64 it is 0.997491" in note
-    assert not method.notes(xray, 256)
+    assert not method.notes(xray, course(256))
     photo = with_views(MODALITIES["photo"], {"blur": 0.0})
-    assert "replace views.blur; method.asymmetric=false" in method.notes(photo, 256)[0]
-    assert not small(asymmetric=False).notes(photo, 256)
-    assert not method.notes(MODALITIES["photo"], 256)
-    assert not small(momentum_rule="constant").notes(xray, 64)
+    assert "replace views.blur; method.asymmetric=false" in method.notes(photo, course(256))[0]
+    assert not small(asymmetric=False).notes(photo, course(256))
+    assert not method.notes(MODALITIES["photo"], course(256))
+    assert not small(momentum_rule="constant").notes(xray, course(64))
 
 
 @pytest.mark.parametrize("step", [1, 50, 100])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from courses import course
 from pydantic import ValidationError
 from restorations import HELD_OUT, batch, noise, small, trained, waves
 from scipy import ndimage
@@ -92,9 +93,9 @@ def test_hidden_pixels_are_not_seen() -> None:
 
 def test_settings_that_do_nothing_are_named() -> None:
     xray = MODALITIES["xray"]
-    assert "hides a quarter" in small("context_encoder", holes="centre", area=(0.1, 0.2)).notes(xray, 64)[0]
-    assert "without method.overlap" in small("context_encoder", overlap_weight=5.0).notes(xray, 64)[0]
-    assert not small("context_encoder", overlap=3, overlap_weight=5.0).notes(xray, 64)
+    assert "hides a quarter" in small("context_encoder", holes="centre", area=(0.1, 0.2)).notes(xray, course(64))[0]
+    assert "without method.overlap" in small("context_encoder", overlap_weight=5.0).notes(xray, course(64))[0]
+    assert not small("context_encoder", overlap=3, overlap_weight=5.0).notes(xray, course(64))
     with pytest.raises(ValidationError, match="the smaller first"):
         ContextEncoderConfig(area=(0.3, 0.2))
 

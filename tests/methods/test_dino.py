@@ -8,6 +8,7 @@ import distillation_ranks
 import pytest
 import ranks
 import torch
+from courses import course
 from distillation_ranks import batches, made, step
 
 from sslmed.data.modality import MODALITIES
@@ -206,13 +207,21 @@ def test_a_transformer_takes_local_views_of_whole_patches() -> None:
     loss = method.loss(batch)["loss"]
     loss.backward()
     assert torch.isfinite(loss)
-    (note,) = method.notes(MODALITIES["xray"], 8)
+    (note,) = method.notes(MODALITIES["xray"], course(8))
     assert "method.local_scale 0.429 becomes 0.5" in note
+
+
+@pytest.mark.parametrize("name", ["dino", "ibot"])
+def test_a_last_layer_that_never_trains_is_warned_of(name: str) -> None:
+    method = made(name, freeze_last_layer=2, local_views=0)
+    (note,) = method.notes(MODALITIES["xray"], course(total=20, steps_per_epoch=10))
+    assert "method.freeze_last_layer is 2 epochs, and 2 are begun: the last layer stays" in note
+    assert not method.notes(MODALITIES["xray"], course(total=21, steps_per_epoch=10))
 
 
 def test_the_momentum_is_rescaled_with_the_batch_and_said() -> None:
     method = made("dino", momentum=0.996, momentum_rule="scaled")
-    (note,) = method.notes(MODALITIES["xray"], 64)
+    (note,) = method.notes(MODALITIES["xray"], course(64))
     assert "method.momentum 0.996 is quoted for batch 256; at batch 64" in note
     before = method.head.last.weight.clone()
     with torch.no_grad():

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from courses import course
 
 from sslmed.config import UsageError
 from sslmed.data.loading import Batch
@@ -94,7 +95,7 @@ def test_the_target_follows_along_a_straight_line_to_one(rule: str, base: float)
         before, momentum = average.clone(), base + (1 - base) * (step - 1) / 20
         method.after_step(Progress(step, 20, 0, 512))
         torch.testing.assert_close(average.data, momentum * before + (1 - momentum) * online.data)
-    assert bool(method.notes(MODALITIES["xray"], 512)) == (rule == "scaled")
+    assert bool(method.notes(MODALITIES["xray"], course(512))) == (rule == "scaled")
 
 
 def test_the_target_encoder_is_what_leaves() -> None:
@@ -167,7 +168,7 @@ def test_the_view_has_no_flips_and_true_intensities() -> None:
     (view,) = ijepa().views(histology)
     assert (view.hflip, view.vflip, view.rot90, view.stain, view.blur) == (0.0, 0.0, 0.0, 0.0, 0.0)
     assert (view.crop, view.rotate) == (histology.view.crop, histology.view.rotate)
-    (note,) = ijepa().notes(with_views(MODALITIES["xray"], {"hflip": 0.5, "rotate": 5}), 64)
+    (note,) = ijepa().notes(with_views(MODALITIES["xray"], {"hflip": 0.5, "rotate": 5}), course(64))
     assert "views.hflip has no effect" in note
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from courses import course
 from torch import nn
 
 from sslmed.config import UsageError
@@ -115,21 +116,21 @@ def test_its_view_stays_upright_and_mostly_without_colour() -> None:
 
 
 def test_it_says_where_it_is_weak_or_the_solution_shows() -> None:
-    (marked,) = method().notes(XRAY, 64)
+    (marked,) = method().notes(XRAY, course(64))
     assert "burned-in text" in marked
-    (tissue,) = method().notes(MODALITIES["histology"], 64)
+    (tissue,) = method().notes(MODALITIES["histology"], course(64))
     assert "warning: histology images have no up and down" in tissue
-    assert [note.partition(":")[0] for note in method().notes(MODALITIES["photo"], 64)] == ["note", "note"]
-    assert method().notes(MODALITIES["ct"], 64) == []
+    assert [note.partition(":")[0] for note in method().notes(MODALITIES["photo"], course(64))] == ["note", "note"]
+    assert method().notes(MODALITIES["ct"], course(64)) == []
     steep = with_views(MODALITIES["ct"], {"rotate": 40})
-    assert "jigsaw limits views.rotate" in method().notes(steep, 64)[-1]
+    assert "jigsaw limits views.rotate" in method().notes(steep, course(64))[-1]
 
 
 def test_images_too_small_for_nine_patches_are_refused_with_the_least_size() -> None:
     with pytest.raises(UsageError, match=r"jigsaw cuts images of 24 x 24 into patches of 6 x 6.*data.size=27 or more"):
-        method().loss(batch(torch.zeros(2, 1, 24, 24)))
+        method().check(course(shape=(1, 24, 24)))
     with pytest.raises(UsageError, match="vit_tiny_patch16_224 is built for whole images"):
-        method(BackboneConfig(name="vit_tiny_patch16_224", patch=16)).loss(batch(torch.zeros(2, 1, 48, 48)))
+        method(BackboneConfig(name="vit_tiny_patch16_224", patch=16)).check(course(shape=(1, 48, 48)))
 
 
 def test_patches_must_not_vanish() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from courses import course
 from scipy.stats import chi2
 
 from sslmed.config import UsageError
@@ -318,9 +319,9 @@ def test_the_view_keeps_the_modalitys_geometry_and_the_true_intensities() -> Non
 
 def test_settings_of_views_that_do_nothing_are_named() -> None:
     method, xray = mae(), MODALITIES["xray"]
-    assert method.notes(xray, 64) == []
-    assert method.notes(with_views(xray, {"crop": [0.2, 1.0], "rotate": 0}), 64) == []
-    (note,) = method.notes(with_views(xray, {"blur": 0.5, "noise": 0.1}), 64)
+    assert method.notes(xray, course(64)) == []
+    assert method.notes(with_views(xray, {"crop": [0.2, 1.0], "rotate": 0}), course(64)) == []
+    (note,) = method.notes(with_views(xray, {"blur": 0.5, "noise": 0.1}), course(64))
     assert "views.blur, views.noise" in note
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from courses import course
 from torch.utils.data import DataLoader
 
 from sslmed.data.loading import Batch
@@ -70,4 +71,9 @@ def test_hooks_come_once_a_performed_step_and_gradients_can_be_cancelled() -> No
 
 @pytest.mark.parametrize("batch_size", [2, 256])
 def test_by_default_every_batch_size_is_taken(batch_size: int) -> None:
-    Watched().check(batch_size)
+    Watched().check(course(batch_size))
+
+
+def test_a_course_counts_epochs_that_are_begun_and_images_that_meet() -> None:
+    assert [course(total=total, steps_per_epoch=10).epochs for total in (1, 10, 11)] == [1, 1, 2]
+    assert course(64, accumulate=4, processes=2).at_once == 16

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import ranks
 import torch
 import torch.nn.functional as F
+from courses import course
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -134,11 +135,16 @@ def test_in_training_a_performed_step_enqueues_all_its_batches_in_their_order() 
 
 
 def test_a_queue_must_hold_whole_batches() -> None:
-    small(queue=64).check(16)
+    small(queue=64).check(course(16))
     with pytest.raises(UsageError, match=r"method\.queue is 64 with train\.batch_size 24.*method\.queue=48 or 72"):
-        small(queue=64).check(24)
+        small(queue=64).check(course(24))
     with pytest.raises(UsageError, match=r"method\.queue=128, or another"):
-        small(queue=64).check(128)
+        small(queue=64).check(course(128))
+
+
+def test_groups_of_one_image_are_refused() -> None:
+    with pytest.raises(ValueError, match="shuffle_size is 1, of which BatchNorm has no statistics; allowed: 0, or 2"):
+        MoCoV2Config(shuffle_size=1)
 
 
 def test_no_gradient_reaches_keys_and_their_batch_statistics_are_their_own() -> None:
@@ -225,7 +231,7 @@ def test_a_network_without_batchnorm_is_not_shuffled() -> None:
         network.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
     method.loss(batch())["loss"].backward()
     assert seen == [8, 8]
-    assert not method.notes(MODALITIES["xray"], 256)
+    assert not method.notes(MODALITIES["xray"], course(256))
 
 
 def test_it_goes_on_from_its_state_to_the_bit() -> None:
@@ -244,9 +250,14 @@ def test_it_goes_on_from_its_state_to_the_bit() -> None:
 
 def test_what_is_said_of_momentum_and_groups() -> None:
     xray = MODALITIES["xray"]
-    assert not small(momentum=0.999).notes(xray, 256)
-    (note,) = small(momentum=0.96).notes(xray, 64)
+    assert not small(momentum=0.999).notes(xray, course(256))
+    (note,) = small(momentum=0.96).notes(xray, course(64))
     assert "0.96 is quoted for batch 256; at batch 64 it is 0.989846" in note
-    (note,) = small(momentum_rule="constant", shuffle_size=32).notes(xray, 48)
-    assert "a batch of 48 is one group of method.shuffle_size 32" in note
-    assert not small(momentum_rule="constant", shuffle_size=0).notes(xray, 48)
+    (note,) = small(momentum_rule="constant", shuffle_size=32).notes(xray, course(48))
+    assert "48 images at a time are one group of method.shuffle_size 32" in note
+    assert small(momentum_rule="constant", shuffle_size=32).notes(xray, course(64, accumulate=2))
+    assert not small(momentum_rule="constant", shuffle_size=32).notes(xray, course(64))
+    assert not small(momentum_rule="constant", shuffle_size=32).notes(
+        xray, course(32, processes=2)
+    )  # keys change places among them
+    assert not small(momentum_rule="constant", shuffle_size=0).notes(xray, course(48))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from courses import course
 from torch import nn
 
 from sslmed.data.loading import Batch
@@ -152,6 +153,6 @@ def test_views_are_byols_where_solarisation_is_legal() -> None:
     assert small().views(xray) == (xray.view, xray.view)
     assert small(asymmetric=False).views(photo) == (photo.view, photo.view)
     blurred = with_views(photo, {"blur": 0.0})
-    assert "replace views.blur" in small().notes(blurred, 256)[0]
-    assert not small(asymmetric=False).notes(blurred, 256)
-    assert "at batch 64 it is 0.99749" in small().notes(xray, 64)[0]
+    assert "replace views.blur" in small().notes(blurred, course(256))[0]
+    assert not small(asymmetric=False).notes(blurred, course(256))
+    assert "at batch 64 it is 0.99749" in small().notes(xray, course(64))[0]

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from courses import course
 from torch import nn
 
 from sslmed.config import UsageError
@@ -122,11 +123,11 @@ def test_its_view_is_never_mirrored() -> None:
 
 
 def test_it_says_that_tissue_has_no_places() -> None:
-    (warning,) = method().notes(MODALITIES["histology"], 64)
+    (warning,) = method().notes(MODALITIES["histology"], course(64))
     assert "warning: histology images have no up and down" in warning
     assert "relative_position is weak" in warning
 
 
 def test_images_too_small_are_refused_with_the_least_size() -> None:
     with pytest.raises(UsageError, match=r"relative_position cuts images of 24 x 24 .*data.size=30 or more"):
-        method().loss(batch(torch.zeros(2, 1, 24, 24)))
+        method().check(course(shape=(1, 24, 24)))

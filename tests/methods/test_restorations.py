@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from courses import course
 from restorations import batch, noise, small
 
 from sslmed.data.geometry_view import GEOMETRY, geometry_view
@@ -105,10 +106,10 @@ def test_the_view_moves_the_image_and_no_more(name: str) -> None:
     xray = MODALITIES["xray"]
     method = small(name)
     assert method.views(xray) == (geometry_view(xray),)
-    assert not method.notes(xray, 64)
-    (note,) = method.notes(with_views(xray, {"gamma": 0.1}), 64)
+    assert not method.notes(xray, course(64))
+    (note,) = method.notes(with_views(xray, {"gamma": 0.1}), course(64))
     assert note == f"of views, {name} uses {', '.join(GEOMETRY)} alone: views.gamma has no effect"
-    (note,) = small(name, "test_convnext").notes(xray, 64)
+    (note,) = small(name, "test_convnext").notes(xray, course(64))
     assert f"{name} trains the backbone's maps; 2 tensors behind them stay as they are" in note
 
 

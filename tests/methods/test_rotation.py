@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from courses import course
 
 from sslmed.config import UsageError
 from sslmed.data.loading import Batch
@@ -76,19 +77,19 @@ def test_its_view_never_contradicts_the_label() -> None:
 
 
 def test_it_warns_where_rotation_cannot_be_told_or_is_given_away() -> None:
-    (marker,) = method().notes(XRAY, 64)
+    (marker,) = method().notes(XRAY, course(64))
     assert "warning" in marker
     assert "method.circle=true" in marker
-    assert not method(circle=True).notes(XRAY, 64)
-    (degenerate,) = method(circle=True).notes(replace(XRAY, name="tissue", upright=False), 64)
+    assert not method(circle=True).notes(XRAY, course(64))
+    (degenerate,) = method(circle=True).notes(replace(XRAY, name="tissue", upright=False), course(64))
     assert "tissue images have no up and down" in degenerate
-    unsure = method().notes(MODALITIES["photo"], 64)
+    unsure = method().notes(MODALITIES["photo"], course(64))
     assert ["note: where" in note for note in unsure] == [True, True]
 
 
 def test_it_says_which_settings_of_views_it_limits() -> None:
     photo = with_views(MODALITIES["photo"], {"rotate": 40, "vflip": 0.5})
-    assert "limits views.rotate, views.vflip" in method(circle=True).notes(photo, 64)[-1]
+    assert "limits views.rotate, views.vflip" in method(circle=True).notes(photo, course(64))[-1]
 
 
 def test_images_must_be_square() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from courses import course
 
 from sslmed.config import UsageError
 from sslmed.data.geometry_view import GEOMETRY
@@ -158,9 +159,9 @@ def test_the_view_keeps_the_modalitys_geometry_and_the_true_intensities() -> Non
         (view,) = simmim().views(modality)
         for knob, field in type(view).model_fields.items():
             assert getattr(view, knob) == (getattr(modality.view, knob) if knob in GEOMETRY else field.default)
-    (note,) = simmim().notes(with_views(MODALITIES["xray"], {"blur": 0.5}), 64)
+    (note,) = simmim().notes(with_views(MODALITIES["xray"], {"blur": 0.5}), course(64))
     assert "views.blur" in note
-    assert simmim().notes(MODALITIES["xray"], 64) == []
+    assert simmim().notes(MODALITIES["xray"], course(64)) == []
 
 
 @pytest.mark.parametrize(

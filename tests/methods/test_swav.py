@@ -6,6 +6,7 @@ import distillation_ranks
 import pytest
 import ranks
 import torch
+from courses import course
 from distillation_ranks import batches, made, step
 from torch import nn
 
@@ -178,10 +179,21 @@ def test_cosines_and_what_is_queued_stay_in_fp32_under_autocast() -> None:
 
 def test_more_prototypes_than_images_are_warned_of() -> None:
     method, xray = made("swav", prototypes=100), MODALITIES["xray"]
-    (note,) = method.notes(xray, 64)
+    (note,) = method.notes(xray, course(64))
     assert note.startswith("warning: 64 images are spread over 100 prototypes")
-    assert not method.notes(xray, 128)
-    assert not made("swav", prototypes=100, queue=64).notes(xray, 64)
+    assert not method.notes(xray, course(128))
+    assert not made("swav", prototypes=100, queue=64).notes(xray, course(64))
+    assert "train.accumulate" in method.notes(xray, course(128, accumulate=2))[0]
+
+
+def test_what_would_never_come_is_warned_of() -> None:
+    xray = MODALITIES["xray"]
+    (frozen,) = made("swav", freeze_steps=20).notes(xray, course(total=20))
+    assert "method.freeze_steps is 20, and there are 20 steps: the prototypes stay" in frozen
+    assert not made("swav", freeze_steps=19).notes(xray, course(total=20))
+    (unused,) = made("swav", queue=64, queue_from=2).notes(xray, course(total=20, steps_per_epoch=10))
+    assert "from epoch 2 (method.queue_from, counted from 0), and there are 2" in unused
+    assert not made("swav", queue=64, queue_from=2).notes(xray, course(total=21, steps_per_epoch=10))
 
 
 def test_the_defaults_are_the_papers_but_for_the_crops() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from courses import course
 from torch import nn
 
 from sslmed.data.loading import Batch
@@ -80,4 +81,4 @@ def test_views_are_byols_where_solarisation_is_legal() -> None:
     xray, photo = MODALITIES["xray"], MODALITIES["photo"]
     assert small().views(xray) == (xray.view, xray.view)
     assert small(asymmetric=False).views(photo) == (photo.view, photo.view)
-    assert not small().notes(xray, 256)
+    assert not small().notes(xray, course(256))

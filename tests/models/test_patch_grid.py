@@ -102,9 +102,9 @@ def test_images_with_patches_too_small_are_refused_with_the_least_size_that_will
     backbone = build(BackboneConfig(name=name), 96, 0)
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     with pytest.raises(UsageError, match=rf"jigsaw cuts images of 24 x 24.*too small for {name}") as caught:
-        JIGSAW.check(backbone, images(1, 1, 24, 24), "jigsaw")
+        JIGSAW.check(backbone, (1, 24, 24), "jigsaw")
     least = int(str(caught.value).partition("data.size=")[2].split()[0])
-    JIGSAW.check(backbone, images(1, 1, least, least), "jigsaw")
+    JIGSAW.check(backbone, (1, least, least), "jigsaw")
     assert not takes(backbone, 1, JIGSAW.patch((least - 1, least - 1)))
     assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
     assert all(part.training for part in backbone.modules())
@@ -113,5 +113,5 @@ def test_images_with_patches_too_small_are_refused_with_the_least_size_that_will
 def test_a_network_of_one_size_is_refused_in_words() -> None:
     backbone = build(BackboneConfig(name="vit_tiny_patch16_224"), 96, 0)
     with pytest.raises(UsageError, match=r"vit_tiny_patch16_224 is built for whole images of one size; take") as caught:
-        DOERSCH.check(backbone, images(1, 1, 96, 96), "relative_position")
+        DOERSCH.check(backbone, (1, 96, 96), "relative_position")
     assert "resnet18" in str(caught.value)
