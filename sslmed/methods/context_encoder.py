@@ -10,13 +10,12 @@ from sslmed.data.loading import Batch
 from sslmed.data.modality import Modality
 from sslmed.methods.method import Course
 from sslmed.methods.restorative import Restorative
-from sslmed.models.backbones import Backbone
 from sslmed.models.masking import keyed_noise
 from sslmed.models.occlusions import MOST_BLOCKS, around, centre, random_pattern, some_blocks
 from sslmed.models.restorer import gain_db, restored
 
 NODES = 8  # of the pattern along a side: 0.06 a pixel at 128 pixels (reference, train_random.lua)
-OVERLAP = 4  # pixels around the centre, at 128 (reference, train.lua: overlapPred); its random pattern has none
+OVERLAP = 4 / 128  # of the side, around the centre (reference, train.lua: overlapPred)
 Share = Annotated[float, Field(gt=0, le=0.5)]
 
 
@@ -28,8 +27,9 @@ class ContextEncoderConfig(config.Config):
             ``centre``, the middle half of each side.
         area: least and greatest share of the image that is hidden (20 to 30 %: reference, train_random.lua). Blocks
             take the first and overshoot it by at most 1/16; of the centre it is a quarter whatever stands here.
-        overlap: pixels around a hole, which are seen, that count in the loss too; by default 4 around the centre, as in
-            the reference, and none around other holes, as there.
+        overlap: pixels around a hole, which are seen, that count in the loss too; by default 1/32 of the side around
+            the centre, and none around other holes. The reference's 4 of 128 lie within the middle half, and hide that
+            much less; around its random holes all that is seen counts, once.
         overlap_weight: how many times as much as hidden ones they count (reference: 10).
     """
 
@@ -57,17 +57,14 @@ class ContextEncoder(Restorative):
     Config = ContextEncoderConfig
     config: ContextEncoderConfig
 
-    def __init__(self, config: ContextEncoderConfig, backbone: Backbone) -> None:
-        super().__init__(config, backbone)
-        usual = OVERLAP if config.holes == "centre" else 0
-        self.overlap = usual if config.overlap is None else config.overlap
-
     def notes(self, modality: Modality, course: Course) -> list[str]:
         """Names the settings that do nothing here, and what stays untrained."""
         found = super().notes(modality, course)
         if self.config.holes == "centre" and "area" in self.config.model_fields_set:
             found.append("method.area has no effect with method.holes=centre, which hides a quarter of the image")
-        if not self.overlap and "overlap_weight" in self.config.model_fields_set:
+        if self.config.holes == "blocks" and self.config.area[1] > self.config.area[0]:
+            found.append(f"blocks hide method.area's first number, {self.config.area[0]}, of each image, and not more")
+        if not self.overlap(course.shape[1:]) and "overlap_weight" in self.config.model_fields_set:
             found.append("method.overlap_weight has no effect without method.overlap")
         return found
 
@@ -76,12 +73,18 @@ class ContextEncoder(Restorative):
         images, holes = batch.views[0], self.holes(batch)
         filled = fill_in_mean(images, holes)
         painted, embeddings = restored(self.backbone, self.restorer, filled)
-        overlap = around(holes, self.overlap)
+        overlap = around(holes, self.overlap((images.shape[-2], images.shape[-1])))
         return {
             "loss": in_painting_error(painted, images, holes, overlap, self.config.overlap_weight),
             "embeddings": embeddings,
             "gain_db": gain_db(painted, filled, images, holes),
         }
+
+    def overlap(self, size: tuple[int, int]) -> int:
+        """How many pixels around the holes of images of ``size`` count."""
+        if self.config.overlap is not None:
+            return self.config.overlap
+        return round(OVERLAP * min(size)) if self.config.holes == "centre" else 0
 
     def corrupted(self, batch: Batch) -> torch.Tensor:
         """The images with the mean of what is seen of each in its holes."""

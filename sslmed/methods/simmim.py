@@ -16,9 +16,10 @@ from sslmed.data.modality import Modality
 from sslmed.data.views import ViewConfig
 from sslmed.methods.method import Course, Method, Overfit
 from sslmed.models.backbones import Backbone, BackboneConfig
-from sslmed.models.decoders import sine_cosine_positions
+from sslmed.models.decoders import sine_cosine_positions, truncated
 from sslmed.models.masking import enlarged, keyed_noise, patchify, random_mask, unpatchify
 from sslmed.models.token_encoder import TokenEncoder
+from sslmed.optim import Parameters
 
 ROWS = 8  # of pictures
 
@@ -64,10 +65,19 @@ class SimMIM(Method):
             # the reference's relative position biases timm's transformers lack; learnt positions begin near 0, where
             # all hidden patches look alike
             self.encoder.fix_positions(positions)
-        self.mask_token = nn.Parameter(torch.empty(self.encoder.width))  # of one dimension: no weight decay, as there
+        if not backbone.pretrained:
+            truncated(self.encoder.network, self.encoder.network.blocks)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, self.encoder.width))
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         channels: int = self.encoder.network.patch_embed.proj.in_channels
         self.head = nn.Linear(self.encoder.width, self.encoder.patch[0] * self.encoder.patch[1] * channels)
+
+    def parameter_groups(self, weight_decay: float) -> Parameters:
+        """The class token does not decay, the mask token does (reference, vision_transformer.py, optimizer.py)."""
+        decayed, free = super().parameter_groups(weight_decay)
+        token = [each for each in decayed["params"] if each is self.encoder.network.cls_token]
+        decayed["params"] = [each for each in decayed["params"] if each is not self.encoder.network.cls_token]
+        return [decayed, free | {"params": [*free["params"], *token]}]
 
     def views(self, modality: Modality) -> tuple[ViewConfig, ...]:
         """One view: the modality's geometry, and intensities as they are, since they are what is predicted."""

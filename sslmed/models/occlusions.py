@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from sslmed.models.corruptions import ascending, coarse_field
 
-MOST_BLOCKS = 24  # of at least 1/64 of the image each: enough for a third of it, though they overlap
+MOST_BLOCKS = 64  # of at least 1/64 of the image each: enough for half of it, though they overlap
 
 
 def random_pattern(

@@ -65,10 +65,10 @@ def test_the_gradient_is_in_the_holes_and_their_overlap_alone(holes: str, overla
     method.restorer.register_forward_hook(lambda _, __, output: (output.retain_grad(), seen.append(output))[1])
     method.loss(data)["loss"].backward()
     reached, hidden = seen[0].grad[:, 0] != 0, method.holes(data)
-    width = {None: 4 if holes == "centre" else 0}.get(overlap, overlap)
+    width = {None: 1 if holes == "centre" else 0}.get(overlap, overlap)
     wider = np.stack([ndimage.maximum_filter(each, 2 * width + 1, mode="constant") for each in hidden.numpy()])
     assert torch.equal(reached, torch.from_numpy(wider))
-    assert method.overlap == width
+    assert method.overlap((32, 32)) == width
 
 
 def test_overlap_counts_ten_times() -> None:
@@ -94,6 +94,9 @@ def test_hidden_pixels_are_not_seen() -> None:
 def test_settings_that_do_nothing_are_named() -> None:
     xray = MODALITIES["xray"]
     assert "hides a quarter" in small("context_encoder", holes="centre", area=(0.1, 0.2)).notes(xray, course(64))[0]
+    (first,) = small("context_encoder", holes="blocks").notes(xray, course(64))
+    assert "blocks hide method.area's first number, 0.2," in first
+    assert not small("context_encoder", holes="blocks", area=(0.3, 0.3)).notes(xray, course(64))
     assert "without method.overlap" in small("context_encoder", overlap_weight=5.0).notes(xray, course(64))[0]
     assert not small("context_encoder", overlap=3, overlap_weight=5.0).notes(xray, course(64))
     with pytest.raises(ValidationError, match="the smaller first"):

@@ -243,7 +243,7 @@ def test_the_teachers_entropy_is_told_in_shares_of_the_greatest() -> None:
     assert method.loss(batch)["teacher_entropy"].item() < 0.1
 
 
-def test_the_defaults_are_the_papers_but_for_the_crops() -> None:
+def test_the_defaults_are_the_papers_but_for_crops_and_momentum_rule() -> None:
     config = DINOConfig()
     assert not config.head_batchnorm
     assert (config.out, config.hidden, config.bottleneck, config.norm_last_layer) == (65536, 2048, 256, True)

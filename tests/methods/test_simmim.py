@@ -84,8 +84,6 @@ def test_the_loss_is_the_mean_absolute_error_of_hidden_pixels() -> None:
         total += (prediction[n, 8 * row + column] - true).abs().sum().item()
         count += 128
     assert method.loss(data)["loss"].item() == pytest.approx(total / count, abs=1e-9)
-    flat = torch.zeros_like(prediction)
-    assert patchify(data.views[0], (8, 8)).shape == flat.shape
 
 
 def test_hidden_patches_are_the_token_before_positions() -> None:
@@ -95,7 +93,7 @@ def test_hidden_patches_are_the_token_before_positions() -> None:
     hidden = method._hidden(data)
     method._predict(data.views[0], hidden)
     entered, embedded = seen[0].reshape(2, 64, -1), method.encoder.embed(data.views[0]).reshape(2, 64, -1)
-    assert torch.equal(entered[hidden], method.mask_token.expand(int(hidden.sum()), -1))
+    assert torch.equal(entered[hidden], method.mask_token[0].expand(int(hidden.sum()), -1))
     assert torch.equal(entered[~hidden], embedded[~hidden])
 
 
@@ -109,11 +107,21 @@ def test_positions_are_fixed_sines_and_given_ones_stay() -> None:
     assert given.pos_embed.requires_grad  # type: ignore[union-attr]
 
 
-def test_the_mask_token_has_no_weight_decay_and_the_head_has() -> None:
+def test_the_class_token_alone_of_large_weights_does_not_decay() -> None:
     method = simmim()
     decayed, free = ({id(each) for each in group["params"]} for group in method.parameter_groups(0.05))
-    assert id(method.mask_token) in free
-    assert id(method.head.weight) in decayed
+    assert id(method.backbone.network.cls_token) in free
+    assert {id(method.mask_token), id(method.head.weight)} <= decayed
+    trained = {id(each) for each in method.parameters() if each.requires_grad}
+    assert decayed | free == trained
+    assert not decayed & free
+
+
+def test_first_weights_do_not_let_the_sum_over_blocks_grow() -> None:
+    method = simmim()
+    deviations = [block.mlp.fc2.weight.std().item() for block in method.backbone.network.blocks]  # type: ignore[union-attr]
+    for number, deviation in enumerate(deviations, 1):
+        assert deviation == pytest.approx(0.02 / (2 * number) ** 0.5, rel=0.05)
     assert 0.008 < method.mask_token.std().item() < 0.014
     assert method.mask_token.abs().max().item() <= 0.02
 
