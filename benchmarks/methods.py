@@ -10,7 +10,7 @@ images.
 
 ``--imagenet`` is a state dict of tf_efficientnet_lite0 (see README). Fills benchmarks/results/methods/ cell by cell and
 writes docs/method_comparison.md and the first lines of the recipes that cite it.
-``--only xray-simclr nerves-mae table`` does a part; two processes may share the work.
+``--only xray-simclr nerves-mae table`` does a part, ``--sets xray`` one set; two processes may share the work.
 """
 
 import argparse
@@ -102,19 +102,19 @@ SETS = {
         source="images",
     ),
 }  # fmt: skip
-PROBED = ("xray", "histology")
 
 
 def main() -> None:
     """Compute what is missing, then write the page."""
     arguments = _arguments()
     torch.set_num_threads(THREADS)
-    benches = {name: Bench(name, arguments) for name in SETS}
+    benches = {name: Bench(name, arguments) for name in arguments.sets}
     stages = [f"{name}-{arm}" for name, bench in benches.items() for arm in bench.arms]
     for stage in arguments.only or (*stages, "table"):
         if stage == "table":
             PAGE.write_text(methods_page.page(benches, COMMAND), encoding="utf-8")
-            caption(benches["xray"])
+            if "xray" in benches:
+                caption(benches["xray"])
         else:
             name, _, arm = stage.partition("-")
             benches[name].run(arm)
@@ -379,6 +379,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder of the sets of images")
     parser.add_argument("--imagenet", type=Path, required=True, help="a state dict of tf_efficientnet_lite0")
+    parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS), help="which to compute and to show")
     parser.add_argument("--work", type=Path, default=HERE / "work" / "methods", help="stores and runs; not committed")
     parser.add_argument("--only", nargs="*", help="SET-ARM, such as xray-simclr, and table")
     return parser.parse_args()

@@ -18,8 +18,7 @@ BETTER, WORSE = "better than random", "worse than random"
 def page(benches: "Mapping[str, Bench]", command: str) -> str:
     """All of it, from finished cells; what is missing is computed."""
     probed = [bench for bench in benches.values() if bench.about.target]
-    (nerves,) = (bench for bench in benches.values() if not bench.about.target)
-    sections = "\n".join(f"## {bench.name.capitalize()}\n\n{_scores(bench)}" for bench in probed)
+    sections = "\n".join(_probed(bench) if bench.about.target else _segmented(bench) for bench in benches.values())
     return f"""# Pretext tasks side by side
 
 Written by `{command}`; do not edit.
@@ -32,24 +31,31 @@ Frozen features, a {SHOWN_PROBE} probe from {SHOWN_BUDGET} of the labels, and Di
 images; mean [95 %]. In brackets behind: the difference to the weights that the arm began with. "=" is no difference
 shown, "−" worse than random. `time` and `memory` are those of a training step beside SimCLR's (`method_costs.py`).
 
-{_choice(probed, nerves)}
+{_choice(benches)}
 
-{_words(probed, nerves)}
+{_words(benches)}
 
 {sections}
-## Segmentation of nerves from 20 images
+## What pretraining took
 
-{nerves.about.title}: {_sizes(nerves)}. Pretrained on the train images, then fine-tuned on 20 of them, {{len}} seeds of
+{_took(benches)}
+"""
+
+
+def _probed(bench: "Bench") -> str:
+    return f"## {bench.name.capitalize()}\n\n{_scores(bench)}"
+
+
+def _segmented(bench: "Bench") -> str:
+    return f"""## Segmentation of {bench.name} from 20 images
+
+{bench.about.title}: {_sizes(bench)}. Pretrained on the train images, then fine-tuned on 20 of them, three seeds of
 draw, head and order; Dice on test images, mean over structures, each beside random weights of its own network. A
 restorative method hands over its decoder too, so that only the last layer is drawn; with `backbone` behind its name
 it hands over the backbone alone, as the masked methods do.
 
-{_dice(nerves)}
-
-## What pretraining took
-
-{_took(benches)}
-""".replace("{len}", "three")
+{_dice(bench)}
+"""
 
 
 def captioned(recipe: str, bench: "Bench", arm: str, page: str) -> str:
@@ -118,12 +124,12 @@ def _picked(bench: "Bench") -> dict[str, dict[str, Any] | None]:
     return {arm: _row(bench.probe(arm), arm, SHOWN_PROBE, SHOWN_BUDGET) for arm in bench.arms}
 
 
-def _choice(probed: "list[Bench]", nerves: "Bench") -> str:
-    picked = {bench.name: _picked(bench) for bench in [*probed, nerves]}
-    rows = []
-    for arm in probed[0].arms:
+def _choice(benches: "Mapping[str, Bench]") -> str:
+    picked = {name: _picked(bench) for name, bench in benches.items()}
+    first, rows = next(iter(benches.values())), []
+    for arm in first.arms:
         cells = [_shown(found[arm]) if arm in found else "" for found in picked.values()]
-        rows.append([arm, probed[0].family(arm), *cells, *_cost(probed[0], arm)])
+        rows.append([arm, first.family(arm), *cells, *_cost(first, arm)])
     return xrays.grid(["method", "network", *(f"{name}" for name in picked), "time", "memory"], rows)
 
 
@@ -136,10 +142,10 @@ def _cost(bench: "Bench", arm: str) -> list[str]:
     return [f"{found['with views']:.2f}", f"{found['memory']:.2f}"]
 
 
-def _words(probed: "list[Bench]", nerves: "Bench") -> str:
+def _words(benches: "Mapping[str, Bench]") -> str:
     """What the table allows one to say of each set: who leads, and who shows nothing."""
     lines = []
-    for bench in [*probed, nerves]:
+    for bench in benches.values():
         found = {arm: row for arm, row in _picked(bench).items() if row is not None}
         best = max(found, key=lambda arm: found[arm]["value"]["mean"])
         level = found[best]["value"]["low"]
