@@ -112,7 +112,8 @@ def main() -> None:
     stages = [f"{name}-{arm}" for name, bench in benches.items() for arm in bench.arms]
     for stage in arguments.only or (*stages, "table"):
         if stage == "table":
-            PAGE.write_text(methods_page.page(benches, COMMAND), encoding="utf-8")
+            command = COMMAND if list(benches) == list(SETS) else f"{COMMAND} --sets {' '.join(benches)}"
+            PAGE.write_text(methods_page.page(benches, command), encoding="utf-8")
             if "xray" in benches:
                 caption(benches["xray"])
         else:

@@ -18,6 +18,7 @@ BETTER, WORSE = "better than random", "worse than random"
 def page(benches: "Mapping[str, Bench]", command: str) -> str:
     """All of it, from finished cells; what is missing is computed."""
     probed = [bench for bench in benches.values() if bench.about.target]
+    dice = "" if len(probed) == len(benches) else ", and Dice after fine-tuning on 20 ultrasound images"
     sections = "\n".join(_probed(bench) if bench.about.target else _segmented(bench) for bench in benches.values())
     return f"""# Pretext tasks side by side
 
@@ -27,9 +28,9 @@ Written by `{command}`; do not edit.
 
 ## Which method for my data
 
-Frozen features, a {SHOWN_PROBE} probe from {SHOWN_BUDGET} of the labels, and Dice after fine-tuning on 20 ultrasound
-images; mean [95 %]. In brackets behind: the difference to the weights that the arm began with. "=" is no difference
-shown, "−" worse than random. `time` and `memory` are those of a training step beside SimCLR's (`method_costs.py`).
+Frozen features, a {SHOWN_PROBE} probe from {SHOWN_BUDGET} of the labels{dice}; mean [95 %].
+In brackets behind: the difference to the weights that the arm began with. "=" is no difference shown, "−" worse than
+random. `time` and `memory` are those of a training step beside SimCLR's (`method_costs.py`).
 
 {_choice(benches)}
 
