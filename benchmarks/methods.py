@@ -2,11 +2,11 @@
 
     python benchmarks/methods.py --data ../shared/data --imagenet efficientnet_lite0.pth
 
-Two sets of images, chest X-rays and histology. Every method gets the compute that SimCLR needs for as many steps as
-take five minutes of one CPU core: fewer where a step takes longer (`method_costs.py`). Then frozen features, nearest
-neighbours and a logistic regression, by label budget, with patient-level intervals, each arm against random weights of
-its own network. Masked and restorative methods are also pretrained on ultrasound, and fine-tuned for segmentation on 20
-images.
+Two sets of images, chest X-rays and histology. Every method gets the compute that SimCLR needs for 166 steps,
+some minutes of one CPU core: fewer steps where one takes longer (`method_costs.py`). Then frozen features, nearest
+neighbours and a logistic regression, by label budget, with patient-level intervals, each arm against the random weights
+that it began with. Masked and restorative methods are also pretrained on ultrasound, and fine-tuned for segmentation on
+20 images.
 
 ``--imagenet`` is a state dict of tf_efficientnet_lite0 (see README). Fills benchmarks/results/methods/ cell by cell and
 writes docs/method_comparison.md and the first lines of the recipes that cite it.
@@ -39,6 +39,7 @@ from sslmed.durable import sha256
 from sslmed.evaluation import comparison, probes, protocol
 from sslmed.evaluation.comparison import Features
 from sslmed.methods import METHODS
+from sslmed.methods.restorative import Restorative
 from sslmed.models.backbones import BackboneConfig, build
 from sslmed.recipe import FinetuneRecipe, load_finetune, load_pretrain
 from sslmed.supervised import study
@@ -49,14 +50,14 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "method_comparison.md"
 COMMAND = "python benchmarks/methods.py --data ../shared/data --imagenet efficientnet_lite0.pth"
 SIZE, THREADS = 96, 1
-STEPS = 166  # of SimCLR in five CPU minutes: 300 took 543 s on one thread
+STEPS = 166  # of SimCLR: some five CPU minutes where nothing else runs, nine beside a second process
 SEEDS, REPLICATES = range(5), 2000
 COMPONENTS = 256
 IMAGENET, CONTINUED, RANDOM, PCA = "imagenet", "continued", "random", "pca"
 LITE = "tf_efficientnet_lite0"
 TUNED = ("train.max_steps=250", "train.batch_size=8", "optim.lr=2e-3", f"data.size={SIZE}", "data.workers=0")
 BUDGET, TUNE_SEEDS = "k=20", range(3)
-RESTORATIVE = ("denoising", "context_encoder", "context_restoration", "models_genesis")
+RESTORATIVE = tuple(name for name, kind in METHODS.items() if issubclass(kind, Restorative))
 SEGMENTING = ("mae", "simmim", "ijepa", *RESTORATIVE)
 ALONE = " backbone"  # behind a restorative method: its decoder stays behind
 # of teachers that leave: recipes' are for 100 epochs, and after so few steps would be 20 and 46 % random start

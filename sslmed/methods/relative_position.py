@@ -26,8 +26,8 @@ class RelativePositionConfig(PatchGridConfig):
     Attributes:
         all_eight: every image gives a question for each of its eight neighbours, as in mmselfsup; otherwise for one,
             drawn at random.
-        gap: see `PatchGridConfig`; the paper's 34 of 144 pixels (section 3.1:
-            patches of 96, 48 apart, moved by up to 7 either way). mmselfsup has none.
+        gap: see `PatchGridConfig`; the paper's 34 of 144 pixels (section 3.1: patches of 96, 48 apart, moved by
+            up to 7 either way). mmselfsup has none.
         jitter: alike; the paper's 14 of 144. mmselfsup has 21 of 85.
         hidden: width of the layer that sees both patches; mmselfsup's (relative_loc_neck.py).
         dropout: of that layer, alike.
