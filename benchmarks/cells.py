@@ -28,12 +28,13 @@ class Cells:
     Args:
         folder: where the JSON files lie; made when absent.
         command: how to make the whole table again.
+        of: the commit, where the code lies without its history; by default git is asked.
     """
 
-    def __init__(self, folder: Path, command: str) -> None:
+    def __init__(self, folder: Path, command: str, of: str | None = None) -> None:
         self.folder = folder
         self.command = command
-        self.commit = commit()  # of the code that this process has loaded, whatever happens to the files meanwhile
+        self.commit = of or commit()  # of the code that this process has loaded, whatever happens to the files
         folder.mkdir(parents=True, exist_ok=True)
 
     def run(self, name: str, compute: Callable[[], dict[str, Any]], **settings: Any) -> dict[str, Any]:

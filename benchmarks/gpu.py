@@ -111,9 +111,7 @@ def main() -> None:
     on_gpu = not given.small
     if on_gpu and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here; --small --results DIR runs the same code on the CPU")
-    if given.commit:
-        kept.commit = lambda: given.commit
-    cells = kept.Cells(given.results, f"python benchmarks/gpu.py{'' if on_gpu else ' --small'}")
+    cells = kept.Cells(given.results, f"python benchmarks/gpu.py{'' if on_gpu else ' --small'}", given.commit)
     scale = _scale(on_gpu, given.workers)
     with tempfile.TemporaryDirectory() as folder:
         compression = _stand_in(Path(folder) / "modules")

@@ -6,16 +6,18 @@ Two sets of images, chest X-rays and histology. Every method gets the compute th
 some minutes of one CPU core: fewer steps where one takes longer (`method_costs.py`). Then frozen features, nearest
 neighbours and a logistic regression, by label budget, with patient-level intervals, each arm against the random weights
 that it began with. Masked and restorative methods are also pretrained on ultrasound, and fine-tuned for segmentation on
-20 images.
+20 images. A GPU, where there is one, takes the same steps sooner.
 
 ``--imagenet`` is a state dict of tf_efficientnet_lite0 (see README). Fills benchmarks/results/methods/ cell by cell and
 writes docs/method_comparison.md and the first lines of the recipes that cite it.
-``--only xray-simclr nerves-mae table`` does a part, ``--sets xray`` one set; two processes may share the work.
+``--only xray-simclr nerves-mae table`` does a part, ``--sets xray`` one set; processes may share the work.
+``--results`` and ``--commit`` are for a machine where the code lies without its history.
 """
 
 import argparse
 import dataclasses
 import hashlib
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +57,7 @@ SEEDS, REPLICATES = range(5), 2000
 COMPONENTS = 256
 IMAGENET, CONTINUED, RANDOM, PCA = "imagenet", "continued", "random", "pca"
 LITE = "tf_efficientnet_lite0"
-TUNED = ("train.max_steps=250", "train.batch_size=8", "optim.lr=2e-3", f"data.size={SIZE}", "data.workers=0")
+TUNED = ("train.max_steps=250", "train.batch_size=8", "train.precision=32", "optim.lr=2e-3", f"data.size={SIZE}")
 BUDGET, TUNE_SEEDS = "k=20", range(3)
 RESTORATIVE = tuple(name for name, kind in METHODS.items() if issubclass(kind, Restorative))
 SEGMENTING = ("mae", "simmim", "ijepa", *RESTORATIVE)
@@ -135,12 +137,16 @@ class Bench:
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
         self.name, self.about, self.imagenet = name, SETS[name], arguments.imagenet
-        self.work: Path = arguments.work
-        self.cells = Cells(RESULTS, COMMAND)
-        self.xrays = xrays.open_store(arguments.data / SETS["xray"].folder, self.work)
-        self.store = self.xrays if name == "xray" else self._store(arguments.data / self.about.folder)
+        self.work, self.data = arguments.work, arguments.data
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.cells = Cells(arguments.results, COMMAND, arguments.commit)
+        self.store = self.xrays() if name == "xray" else self._store(self.data / self.about.folder)
         if self.about.target:
             self.train, self.test = (xrays.labelled(self.store, side, self.about.target) for side in ("train", "test"))
+
+    def xrays(self) -> Store:
+        """The X-rays, on which a step's cost is measured."""
+        return xrays.open_store(self.data / SETS["xray"].folder, self.work)
 
     @property
     def arms(self) -> list[str]:
@@ -251,7 +257,7 @@ class Bench:
         kept = self.work / "features" / f"{self.name}-{self.store.split_digest[:8]}-{SIZE}-{digest(network)}.npz"
         if not kept.exists():
             kept.parent.mkdir(exist_ok=True)
-            partial = kept.with_suffix(f".{id(self)}.npz")
+            partial = kept.with_suffix(f".{os.getpid()}.npz")
             np.savez(partial, *(self._embed(network, rows) for rows in (self.train, self.test)))
             partial.replace(kept)
         with np.load(kept) as sides:
@@ -323,7 +329,8 @@ class Bench:
 
     def _tuning(self, arm: str) -> FinetuneRecipe:
         decoder = "random" if arm.endswith(ALONE) else "auto"
-        return load_finetune(f"{self.store.modality}/segmentation", (*TUNED, f"head.decoder={decoder}"))
+        overrides = (*TUNED, "data.workers=0", f"head.decoder={decoder}")
+        return load_finetune(f"{self.store.modality}/segmentation", overrides)
 
     def _card(self, arm: str) -> artifact.Card:
         """An arm's own; of random weights that of a method with this network."""
@@ -383,6 +390,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--imagenet", type=Path, required=True, help="a state dict of tf_efficientnet_lite0")
     parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS), help="which to compute and to show")
     parser.add_argument("--work", type=Path, default=HERE / "work" / "methods", help="stores and runs; not committed")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the finished cells")
+    parser.add_argument("--commit", help="of this code")
     parser.add_argument("--only", nargs="*", help="SET-ARM, such as xray-simclr, and table")
     return parser.parse_args()
 

@@ -1,5 +1,6 @@
 """What every entry of HEADS must do, with every kind of target that it learns."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,24 @@ def test_half_precision_loss_and_probabilities_are_fp32(name: str, kind: str) ->
         assert head.loss(features, batch.target).dtype == torch.float32
         assert head.predict(features).dtype == torch.float32
         assert torch.isfinite(head.loss(features, batch.target))
+
+
+@pytest.mark.gpu
+@every_head
+@pytest.mark.parametrize("network", ["test_resnet", "test_vit"])
+def test_a_gpu_has_the_loss_the_gradient_and_the_answer_of_the_cpu(name: str, kind: str, network: str) -> None:
+    head, batch = small(name, kind, network).double().train(), batch_of(kind)
+    found = []
+    for one, given in ((copy.deepcopy(head).to("cuda"), batch.to("cuda")), (head, batch)):
+        images = given.views[0].double()
+        loss = one.loss(one.features(images), given.target)
+        loss.backward()
+        gradients = {key: value.grad.cpu() for key, value in one.named_parameters() if value.grad is not None}
+        answer = one.eval().predict(one.features(images)).detach().cpu()
+        found.append({"loss": loss.detach().cpu(), "answer": answer, **gradients})
+    assert found[0].keys() == found[1].keys()
+    for key, there in found[0].items():
+        torch.testing.assert_close(there, found[1][key], rtol=1e-4, atol=1e-5, msg=f"{key} {{}}".format)
 
 
 @every_head

@@ -1,10 +1,15 @@
 """What every entry of METHODS must do. A new method gets all of this from its line in the dict, and more in parity/."""
 
+import copy
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import ranks
 import torch
+from torch.utils.data import DataLoader
 
 from sslmed import recipe
 from sslmed.data.loading import Batch, ViewDataset, stream_loader
@@ -14,7 +19,9 @@ from sslmed.data.store import Store
 from sslmed.methods import METHODS
 from sslmed.methods.method import Method, Progress
 from sslmed.models.backbones import build
+from sslmed.optim import OptimConfig
 from sslmed.training.monitors import embedding_std
+from sslmed.training.trainer import TrainConfig, build_trainer
 
 every_method = pytest.mark.parametrize("name", METHODS)
 SIZE = 32
@@ -92,3 +99,44 @@ def test_its_settings_survive_a_recipe(name: str, tmp_path: pytest.TempPathFacto
     first = recipe.load_pretrain(path)
     path.write_text(recipe.dump(first))
     assert recipe.load_pretrain(path) == first
+
+
+@pytest.mark.gpu
+@every_method
+def test_a_gpu_has_the_loss_and_the_gradient_of_the_cpu(name: str, phantom_store: Store) -> None:
+    method = ranks.small_method(name).double()
+    batch = batch_for(method, phantom_store)
+    other = copy.deepcopy(method).to("cuda")
+    found = []
+    for one, given in ((method, batch), (other, batch.to("cuda"))):
+        one.before_step(Progress(0, 10, 0, len(batch.ids)))
+        outputs = one.loss(replace(given, views=[view.double() for view in given.views]))
+        outputs["loss"].backward()
+        gradients = {key: value.grad.cpu() for key, value in one.named_parameters() if value.grad is not None}
+        found.append({"loss": outputs["loss"].detach().cpu(), **gradients})
+    assert found[0].keys() == found[1].keys()
+    for key, here in found[0].items():
+        torch.testing.assert_close(found[1][key], here, rtol=1e-4, atol=1e-6, msg=f"{key} {{}}".format)
+
+
+@pytest.mark.gpu
+@every_method
+def test_a_gpu_trains_it_in_bf16(name: str, phantom_store: Store) -> None:
+    method, steps, losses = ranks.small_method(name), 3, []
+    batch = batch_for(method, phantom_store)
+
+    class Keep(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+            losses.append(outputs["loss"].item())
+
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    method.prepare(OptimConfig(lr=1e-3, warmup=0), len(batch.ids), steps, 1)
+    trainer = build_trainer(TrainConfig(max_steps=steps, precision="bf16", devices="auto"), steps, [Keep()])
+    trainer.fit(method.train(), DataLoader([batch] * steps, batch_size=None, collate_fn=lambda given: given))
+    assert trainer.strategy.root_device.type == "cuda"
+    assert len(losses) == steps
+    assert all(map(math.isfinite, losses))
+    after = {key: value.cpu() for key, value in method.state_dict().items()}
+    assert all(torch.isfinite(value).all() for value in after.values())
+    trained = {key for key, value in method.named_parameters() if value.requires_grad} - set(method.without_gradient)
+    assert {key for key in trained if torch.equal(before[key], after[key])} == set()
