@@ -333,8 +333,8 @@ class Bench:
         return load_finetune(f"{self.store.modality}/segmentation", overrides)
 
     def _card(self, arm: str) -> artifact.Card:
-        """An arm's own; of random weights that of a method with this network."""
-        same = (each for each in SEGMENTING if self.family(each) == self.family(arm))
+        """An arm's own; of random weights that of a method with this network, whose weights are here."""
+        same = (each for each in SEGMENTING if self.family(each) == self.family(arm) and self.folder(each).exists())
         return artifact.read_card(self.folder(next(same) if arm.startswith(RANDOM) else arm))
 
     def dice(self, arm: str) -> list[dict[str, Any]]:
