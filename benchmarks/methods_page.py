@@ -83,10 +83,10 @@ def _protocol(probed: "list[Bench]") -> str:
 
 Every method gets as many steps as cost what {STEPS} of SimCLR do on X-rays, some minutes of one CPU core, in fp32;
 where a GPU took these steps, the last table says so (`CPU seconds` are those of processes side by side). 96 pixels,
-and the settings of the method's X-ray recipe, but that teachers which leave follow faster ({_momenta()}; the recipes'
-are for 100 epochs, and would leave much of the random start in them). AUROC on test patients, mean over 5 label draws
-by patient [95 %, 2000 patient bootstraps]; differences are to the random weights that the arm began with, drawn anew
-for every label draw, and paired by patient. Intervals cover the choice of test patients, not another seed of
+and the settings of the method's X-ray recipe, but that a teacher which leaves follows faster ({_momenta()}; the
+recipe's is for 100 epochs, and would leave much of the random start in it). AUROC on test patients, mean over 5 label
+draws by patient [95 %, 2000 patient bootstraps]; differences are to the random weights that the arm began with, drawn
+anew for every label draw, and paired by patient. Intervals cover the choice of test patients, not another seed of
 pretraining: there was one. Minutes are little, and methods differ in how soon they begin to learn; what wins after days
 is another question (the papers' numbers: each method's page).
 
