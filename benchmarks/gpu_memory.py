@@ -4,10 +4,10 @@
     python benchmarks/gpu_memory.py --small --results DIR     the same code on the CPU, tiny images and batches
     python benchmarks/gpu_memory.py --table                   fill in the page from the finished cells
 
-Networks, sizes and batches are those of the column, the other settings each method's defaults but where the column says
-otherwise; bf16, AdamW (two moments; SGD and LARS have one), channels-last as in trainings. Views of phantoms lie on the
-GPU already, so that the pace is that of the step alone. ``GB`` is the most that torch's allocator held, in 1e9 bytes;
-the driver's context, some half GB, comes on top.
+Networks and sizes are those of the column, batches the largest that were meant for it, the other settings each method's
+defaults but where the column says otherwise; bf16, AdamW (two moments; SGD and LARS have one), channels-last as in
+trainings. Views of phantoms lie on the GPU already, so that the pace is that of the step alone. ``GB`` is the most that
+torch's allocator held, in 1e9 bytes; the driver's context, some half GB, comes on top.
 
 Fills benchmarks/results/gpu/ and the column of docs/methods.md.
 """
@@ -104,7 +104,8 @@ def filled(page: str, found: dict[str, dict[str, Any]]) -> str:
         name = re.match(r"\| \[`(\w+)`\]", line)
         if name and name[1] in found:
             columns = line.split(" | ")
-            columns[COLUMN] = re.sub(r" → .*", "", columns[COLUMN]) + f" → {found[name[1]]['GB']:.1f} GB"
+            told = f" → {found[name[1]]['GB']:.1f} GB at B {SETTINGS[name[1]].batch}"
+            columns[COLUMN] = re.sub(r" → .*", "", columns[COLUMN]) + told
             lines[number] = " | ".join(columns)
     return "".join(lines)
 

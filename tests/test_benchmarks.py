@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from sslmed.methods import METHODS
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ABSENT = ("albumentations", "lightly", "hdf5plugin", "pydicom", "nibabel")
 
@@ -89,3 +91,24 @@ def test_the_gpu_benchmark_needs_no_albumentations_and_no_codec(tmp_path: Path) 
     for arm in ("no data", "device views"):
         assert cell["result"][arm]["images a second"] > 0
     assert cell["result"]["device views"]["workers"] == 1
+
+
+def test_settings_of_every_method_have_a_memory_and_a_place_on_the_page(benchmark: Any) -> None:
+    memory = benchmark("gpu_memory")
+    assert memory.SETTINGS.keys() == METHODS.keys()
+    page = memory.PAGE.read_text(encoding="utf-8")
+    found = {name: {"GB": 1000 + number} for number, name in enumerate(METHODS)}
+    filled = memory.filled(page, found)
+    for name in METHODS:
+        row = next(line for line in filled.splitlines() if line.startswith(f"| [`{name}`]"))
+        assert f" → {found[name]['GB']:.1f} GB at B {memory.SETTINGS[name].batch} | " in row
+    assert memory.filled(filled, {name: {"GB": 2.0} for name in METHODS}).count("→ 2.0 GB") == len(METHODS)
+
+
+@pytest.mark.slow
+def test_the_memory_of_settings_is_measured_on_views_that_are_there(benchmark: Any, tmp_path: Path) -> None:
+    memory = benchmark("gpu_memory")
+    store = memory.make_store(tmp_path / "store", memory.IMAGES, 64)
+    for name in ("moco_v2", "swav", "jigsaw"):
+        setting = memory.Setting("test_resnet", 48, 16, memory.SETTINGS[name].method)
+        assert memory.measured(name, setting, store)["images a second"] > 0
