@@ -64,6 +64,13 @@ class Cells:
         result: dict[str, Any] = cell["result"]
         return result if same else None
 
+    def result(self, name: str) -> dict[str, Any]:
+        """The result of a finished cell, by whatever settings: another benchmark's."""
+        if not self.path(name).exists():
+            raise SystemExit(f"{self.path(name)} is missing; make it first")
+        result: dict[str, Any] = json.loads(self.path(name).read_text(encoding="utf-8"))["result"]
+        return result
+
     def path(self, name: str) -> Path:
         """The file of a cell."""
         return self.folder / (re.sub(r"[^\w.%=-]+", "_", name) + ".json")

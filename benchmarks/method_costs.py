@@ -54,7 +54,7 @@ def main() -> None:
     store, cells = xrays.open_store(given.source, given.work), Cells(RESULTS, COMMAND)
     found = {}
     for name in METHODS:
-        found[name] = cost(cells, name, lambda: store)
+        found[name] = cost(cells, name, store)
         print(f"{name:20}", found[name], flush=True)
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
 
@@ -72,10 +72,10 @@ def filled(page: str, costs: dict[str, dict[str, Any]]) -> str:
     return "".join(lines)
 
 
-def cost(cells: Cells, name: str, opened: Callable[[], Store]) -> dict[str, Any]:
+def cost(cells: Cells, name: str, store: Store) -> dict[str, Any]:
     """Ratios to SimCLR, ``step``, ``with views`` and ``memory``, and the bytes."""
     recipe = recipe_of(name)
-    return cells.run(f"cost-{name}", lambda: _measured(name, opened()), recipe=xrays.recipe_text(recipe), rounds=ROUNDS)
+    return cells.run(f"cost-{name}", lambda: _measured(name, store), recipe=xrays.recipe_text(recipe), rounds=ROUNDS)
 
 
 def recipe_of(name: str) -> str:

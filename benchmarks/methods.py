@@ -2,10 +2,10 @@
 
     python benchmarks/methods.py --data ../shared/data --imagenet efficientnet_lite0.pth
 
-Two sets of images, chest X-rays and histology. Every method gets the compute that SimCLR needs for 166 steps,
-some minutes of one CPU core: fewer steps where one takes longer (`method_costs.py`). Then frozen features, nearest
-neighbours and a logistic regression, by label budget, with patient-level intervals, each arm against the random weights
-that it began with. Masked and restorative methods are also pretrained on ultrasound, and fine-tuned for segmentation on
+Two sets of images, chest X-rays and histology. Every method gets the steps that cost what 166 of SimCLR do, some
+minutes of one CPU core; what a step costs is in the cells of `method_costs.py`. Then frozen features, nearest
+neighbours and a logistic regression, by label budget, with intervals, each method against the random weights that it
+began with. Masked and restorative methods are also pretrained on ultrasound, and fine-tuned for segmentation on
 20 images. A GPU, where there is one, takes the same steps sooner.
 
 ``--imagenet`` is a state dict of tf_efficientnet_lite0 (see README). Fills benchmarks/results/methods/ cell by cell and
@@ -19,7 +19,6 @@ import dataclasses
 import hashlib
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,28 @@ import numpy as np
 import torch
 import xrays
 from cells import Cells
-from method_costs import REFERENCE, RESULTS, cost, recipe_of
+from method_costs import REFERENCE, RESULTS, recipe_of
+from method_sets import (
+    ALONE,
+    BUDGET,
+    COMPONENTS,
+    CONTINUED,
+    IMAGENET,
+    LITE,
+    MOMENTUM,
+    PCA,
+    RANDOM,
+    REPLICATES,
+    RESTORATIVE,
+    SEEDS,
+    SEGMENTING,
+    SETS,
+    SIZE,
+    STEPS,
+    THREADS,
+    TUNE_SEEDS,
+    TUNED,
+)
 
 import sslmed
 from sslmed import artifact
@@ -41,8 +61,8 @@ from sslmed.durable import sha256
 from sslmed.evaluation import comparison, probes, protocol
 from sslmed.evaluation.comparison import Features
 from sslmed.methods import METHODS
-from sslmed.methods.restorative import Restorative
 from sslmed.models.backbones import BackboneConfig, build
+from sslmed.models.momentum import cosine_momentum, momentum_at
 from sslmed.recipe import FinetuneRecipe, load_finetune, load_pretrain
 from sslmed.supervised import study
 from sslmed.supervised.arms import Arm as Start
@@ -51,61 +71,6 @@ from sslmed.training.starts import start
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "method_comparison.md"
 COMMAND = "python benchmarks/methods.py --data ../shared/data --imagenet efficientnet_lite0.pth"
-SIZE, THREADS = 96, 1
-STEPS = 166  # of SimCLR: some five CPU minutes where nothing else runs, nine beside a second process
-SEEDS, REPLICATES = range(5), 2000
-COMPONENTS = 256
-IMAGENET, CONTINUED, RANDOM, PCA = "imagenet", "continued", "random", "pca"
-LITE = "tf_efficientnet_lite0"
-TUNED = ("train.max_steps=250", "train.batch_size=8", "train.precision=32", "optim.lr=2e-3", f"data.size={SIZE}")
-BUDGET, TUNE_SEEDS = "k=20", range(3)
-RESTORATIVE = tuple(name for name, kind in METHODS.items() if issubclass(kind, Restorative))
-SEGMENTING = ("mae", "simmim", "ijepa", *RESTORATIVE)
-ALONE = " backbone"  # behind a restorative method: its decoder stays behind
-# of a teacher that leaves: the recipe's is for 100 epochs, and after 29 steps it would be 20 % random start. I-JEPA
-# keeps its own, and half of the start: at 0.95 its tokens soon know their place alone
-MOMENTUM = {"ibot": 0.8}
-
-
-@dataclass(frozen=True)
-class Images:
-    """One set of images.
-
-    Attributes:
-        title: what they are.
-        folder: below ``--data``.
-        ingest: keyword arguments of ``sslmed.ingest``; paths are relative to ``folder``.
-        target: the label column, where the features are probed.
-        budgets: of labels.
-        channels: of the network.
-        source: below ``folder``.
-    """
-
-    title: str
-    folder: str
-    ingest: dict[str, Any]
-    target: str = ""
-    budgets: str = ""
-    channels: int = 1
-    source: str = "."
-
-
-SETS = {
-    "xray": Images(
-        "Paediatric chest X-rays, normal or pneumonia (Kermany et al. 2018), split by patient", "xray_pneumonia",
-        {"modality": "xray", "labels": "labels.csv", "label_columns": ("label", "subtype")}, "label", "1%,10%,100%",
-    ),
-    "histology": Images(
-        "Lung tissue, H&E, three classes (LC25000, Borkowski et al. 2019). Its authors made it from 250 originals a "
-        "class by turning and shearing, and say not which is which, so that a split leaks: an easy task",
-        "histology_lung", {"modality": "histology"}, "class", "10%,100%", 3,
-    ),
-    "nerves": Images(
-        "Nerves and vessels in ultrasound (tmkand, CC BY 4.0)", "ultrasound_nerve",
-        {"modality": "ultrasound", "masks": "masks", "mask_classes": ("background", "structure 1", "structure 2")},
-        source="images",
-    ),
-}  # fmt: skip
 
 
 def main() -> None:
@@ -138,16 +103,13 @@ class Bench:
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
         self.name, self.about, self.imagenet = name, SETS[name], arguments.imagenet
-        self.work, self.data = arguments.work, arguments.data
+        self.work: Path = arguments.work
         self.work.mkdir(parents=True, exist_ok=True)
         self.cells = Cells(arguments.results, COMMAND, arguments.commit)
-        self.store = self.xrays() if name == "xray" else self._store(self.data / self.about.folder)
+        source = arguments.data / self.about.folder
+        self.store = xrays.open_store(source, self.work) if name == "xray" else self._store(source)
         if self.about.target:
             self.train, self.test = (xrays.labelled(self.store, side, self.about.target) for side in ("train", "test"))
-
-    def xrays(self) -> Store:
-        """The X-rays, on which a step's cost is measured."""
-        return xrays.open_store(self.data / SETS["xray"].folder, self.work)
 
     @property
     def arms(self) -> list[str]:
@@ -178,7 +140,7 @@ class Bench:
         """As many as take the compute of STEPS steps of SimCLR on X-rays."""
         if arm in (REFERENCE, CONTINUED):
             return STEPS
-        ratio: float = cost(self.cells, arm, self.xrays)["with views"]
+        ratio: float = self.cells.result(f"cost-{arm}")["with views"]
         return max(1, round(STEPS / ratio))
 
     def pretrained(self, arm: str) -> dict[str, Any]:
@@ -216,6 +178,15 @@ class Bench:
     def folder(self, arm: str) -> Path:
         """The run of a pretraining."""
         return self.work / f"{self.name}-{arm.removesuffix(ALONE)}"
+
+    def momenta(self, arm: str) -> list[float]:
+        """Of an average that leaves, step by step."""
+        recipe, steps = load_pretrain(recipe_of(arm)), self.steps(arm)
+        own: Any = recipe.method
+        base = MOMENTUM.get(arm) or momentum_at(recipe.train.batch_size, own.momentum, own.momentum_rule)
+        if arm == "ijepa":  # along a straight line
+            return [base + (1 - base) * step / steps for step in range(steps)]
+        return [cosine_momentum(base, step, steps) for step in range(steps)]
 
     def weights(self, arm: str) -> str:
         """What says which weights an arm has."""
@@ -287,8 +258,9 @@ class Bench:
         return sslmed.load_backbone(self.folder(arm))
 
     def _there(self, arm: str) -> None:
-        if not self.folder(arm).exists():
-            cell = self.cells.path(f"{self.name}-pretrain-{arm}")
+        weights = self.folder(arm) / "artifact" / "model.safetensors"
+        if not weights.exists() or sha256(weights) != self.weights(arm):
+            cell = self.cells.path(f"{self.name}-pretrain-{arm.removesuffix(ALONE)}")
             raise SystemExit(f"the weights of {arm} are not in {self.work}; delete {cell} to make them")
 
     def _embed(self, network: torch.nn.Module, rows: Any) -> Any:
@@ -296,13 +268,18 @@ class Bench:
         return probes.embed(network, plain_loader(self.store, rows, SIZE, policy, channels=channels))
 
     def _pixels(self) -> Features:
-        """Principal components of the pixels, fitted on all train images, labelled or not."""
+        """Principal components of the pixels, fitted on all train images, labelled or not.
+
+        Turned at random: the probe gives every feature the same variance, which would make the last component, noise,
+        as large as the first. Neighbours do not notice.
+        """
         from sklearn import decomposition
 
         sides = [self._flat(rows) for rows in (self.store.rows("train", "unlabelled"), self.train, self.test)]
         count = min(COMPONENTS, *sides[0].shape)
         components = decomposition.PCA(count, svd_solver="randomized", random_state=0).fit(sides[0])
-        return Features(*(components.transform(side) for side in sides[1:]))
+        turn = np.linalg.qr(np.random.default_rng(0).standard_normal((count, count)))[0]
+        return Features(*(components.transform(side) @ turn for side in sides[1:]))
 
     def _flat(self, rows: Any) -> Any:
         policy, store, channels = named(self.store.modality), self.store, self.about.channels
@@ -323,7 +300,9 @@ class Bench:
             if not random:
                 self._there(arm)
             begin = Start(arm.replace(" ", "-"), source, self._card(arm), not random)
-            run = study.fine_tune(recipe, self.store, study.Cell(begin, BUDGET, seed), self.work / self.name)
+            cell, folder = study.Cell(begin, BUDGET, seed), self.work / self.name
+            shutil.rmtree(folder / study.RUNS / cell.name, ignore_errors=True)  # of other weights or settings
+            run = study.fine_tune(recipe, self.store, cell, folder)
             return {"steps": recipe.train.max_steps, "run": run.name}
 
         return self.cells.run(f"{self.name}-dice-{arm}-{seed}", compute, **settings)
@@ -339,7 +318,7 @@ class Bench:
         return artifact.read_card(self.folder(next(same) if arm.startswith(RANDOM) else arm))
 
     def dice(self, arm: str) -> list[dict[str, Any]]:
-        """Test Dice of an arm and of its random start, over all seeds, paired by patient."""
+        """Test Dice of an arm and of random weights of its network, over all seeds, paired by image."""
         settings = {"weights": self.weights(arm), "split": self.store.split_digest, "seeds": len(TUNE_SEEDS)}
         settings["recipe"] = self._tuning(arm).model_dump(mode="json")
         if settings["weights"] == "failed":

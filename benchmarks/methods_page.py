@@ -1,9 +1,11 @@
 """The page that methods.py writes: which method for which images, every score, and what pretraining took."""
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import xrays
+from method_sets import AVERAGES, BUDGET, MOMENTUM, PCA, REPLICATES, SEEDS, SIZE, STEPS, TUNE_SEEDS, TUNED
 
 from sslmed.evaluation import comparison
 from sslmed.methods import METHODS
@@ -18,19 +20,23 @@ BETTER, WORSE = "better than random", "worse than random"
 def page(benches: "Mapping[str, Bench]", command: str) -> str:
     """All of it, from finished cells; what is missing is computed."""
     probed = [bench for bench in benches.values() if bench.about.target]
-    dice = "" if len(probed) == len(benches) else ", and Dice after fine-tuning on 20 ultrasound images"
+    dice, segmented = "", ""
+    if len(probed) < len(benches):
+        dice = f", and Dice after fine-tuning on {_few()} ultrasound images"
+        segmented = ", and in segmentation timm's first ones of the network"
     sections = "\n".join(_probed(bench) if bench.about.target else _segmented(bench) for bench in benches.values())
     return f"""# Pretext tasks side by side
 
 Written by `{command}`; do not edit.
 
-{_protocol(probed)}
+{_protocol(benches)}
 
 ## Which method for my data
 
 Frozen features, a {SHOWN_PROBE} probe from {SHOWN_BUDGET} of the labels{dice}; mean [95 %].
-In brackets behind: the difference to the weights that the arm began with. "=" is no difference shown, "−" worse than
-random. `time` and `memory` are those of a training step beside SimCLR's (`method_costs.py`).
+In brackets behind: the difference to random weights. "=" is no difference shown, "−" worse than random. Random weights
+are those that a method began with; beside `imagenet` and `continued` those of their network, beside `pca` those of
+SimCLR's{segmented}. `time` and `memory` are those of a training step beside SimCLR's (`method_costs.py`).
 
 {_choice(benches)}
 
@@ -48,12 +54,16 @@ def _probed(bench: "Bench") -> str:
 
 
 def _segmented(bench: "Bench") -> str:
-    return f"""## Segmentation of {bench.name} from 20 images
+    changed = ", ".join(f"`{each}`" for each in TUNED)
+    return f"""## Segmentation of {bench.name} from {_few()} images
 
-{bench.about.title}: {_sizes(bench)}. Pretrained on the train images, then fine-tuned on 20 of them, three seeds of
-draw, head and order; Dice on test images, mean over structures, each beside random weights of its own network. A
-restorative method hands over its decoder too, so that only the last layer is drawn; with `backbone` behind its name
-it hands over the backbone alone, as the masked methods do.
+{bench.about.title}: {_sizes(bench)}. Pretrained on the train images, then fine-tuned on {_few()} of them,
+{len(TUNE_SEEDS)} seeds of draw, head and order; the masks of as many val images choose the step. One setting for all
+networks, that of `{bench.store.modality}/segmentation` with {changed}.
+Dice on test images, mean over structures [95 %, {REPLICATES} bootstraps of images, which cover neither another seed of
+pretraining nor other draws], each beside its network with timm's first weights. A restorative method hands over its
+decoder too, so that only the last layer is drawn; with `backbone` behind its name it hands over the backbone alone, as
+the masked methods do.
 
 {_dice(bench)}
 """
@@ -68,40 +78,62 @@ def captioned(recipe: str, bench: "Bench", arm: str, page: str) -> str:
     own, random = (_row(found, each, SHOWN_PROBE, SHOWN_BUDGET) for each in (arm, "random"))
     if own is None or random is None:
         return f"{title}: stopped by a monitor (docs/{page})\n{rest}"
-    minutes = bench.cells.made(f"{bench.name}-pretrain-{arm}")["cpu_seconds"] / 60
-    took = f"{bench.steps(arm)} steps, {minutes:.0f} CPU minutes"
+    made = bench.cells.made(f"{bench.name}-pretrain-{arm}")
+    took = f"{bench.steps(arm)} steps" + (f" with momentum {MOMENTUM[arm]}" if arm in MOMENTUM else "")
+    took += f", {made['cpu_seconds'] / 60:.0f} CPU minutes" if "CPU" in made["device"] else ""
     scores = [xrays.number(row["value"]["mean"]) for row in (own, random)]
     budget = SHOWN_BUDGET.replace("%", " %")
     return f"{title}: {took}, AUROC {scores[0]} from {budget} of labels, random {scores[1]} (docs/{page})\n{rest}"
 
 
-def _protocol(probed: "list[Bench]") -> str:
-    from methods import STEPS
-
+def _protocol(benches: "Mapping[str, Bench]") -> str:
+    probed = [bench for bench in benches.values() if bench.about.target]
     parts = "\n".join(f"- **{bench.name}**: {bench.about.title}; {_sizes(bench)}." for bench in probed)
     return f"""{parts}
 
-Every method gets as many steps as cost what {STEPS} of SimCLR do on X-rays, some minutes of one CPU core, in fp32;
-where a GPU took these steps, the last table says so (`CPU seconds` are those of processes side by side). 96 pixels,
-and the settings of the method's X-ray recipe, but that a teacher which leaves follows faster ({_momenta()}; the
-recipe's is for 100 epochs, and would leave much of the random start in it). AUROC on test patients, mean over 5 label
-draws by patient [95 %, 2000 patient bootstraps]; differences are to the random weights that the arm began with, drawn
-anew for every label draw, and paired by patient. Intervals cover the choice of test patients, not another seed of
-pretraining: there was one. Minutes are little, and methods differ in how soon they begin to learn; what wins after days
-is another question (the papers' numbers: each method's page).
+Every method gets as many steps as cost what {STEPS} of SimCLR do on X-rays, in fp32; {_spent(benches)} {SIZE}
+pixels, and the settings of the method's X-ray recipe, chosen for trainings of 100 epochs. Only what is in the way of so
+few steps was changed: where a moving average leaves the run, {_momenta()} (constant). Of its random start such an
+average keeps {_kept(benches)}. I-JEPA's rate, and with it the recipe's, was lowered after a first try whose tokens had
+collapsed; no other method had a second one.
+
+AUROC on test images, mean over {len(SEEDS)} draws of labels [95 %, {REPLICATES} bootstraps of test patients; where no
+patients are known, of images], ± the standard deviation over draws. Random weights are drawn anew for every draw;
+differences are paired by test patient. Intervals hold for these draws and for one seed of pretraining: they cover the
+choice of test patients alone. Many arms stand beside each other, and nothing is corrected for that. Minutes are
+little, and methods differ in how soon they begin to learn; what wins after days is another question (the papers'
+numbers: each method's page).
 
 `imagenet` is the frozen ImageNet network, `continued` goes on from it with SimCLR, `pca` are principal components of
-the pixels."""
+the pixels of all train images."""
+
+
+def _spent(benches: "Mapping[str, Bench]") -> str:
+    """CPU seconds where a CPU computed, and where a GPU did."""
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for name, bench in benches.items():
+        for arm in (arm for arm in bench.arms if arm in METHODS):
+            made = bench.cells.made(f"{name}-pretrain-{arm}")
+            found["CPU" in made["device"]].append(made["cpu_seconds"])
+    told = f"{min(found[True]):.0f} to {max(found[True]):.0f} CPU seconds where a CPU took them" if found[True] else ""
+    return f"that was {told}{', beside another process' if told else ''}; a GPU did where the last table says so."
 
 
 def _momenta() -> str:
-    from methods import MOMENTUM
+    return ", ".join(f"`{arm}` has momentum {momentum}" for arm, momentum in MOMENTUM.items())
 
-    return ", ".join(f"`{arm}` {momentum}" for arm, momentum in MOMENTUM.items())
+
+def _kept(benches: "Mapping[str, Bench]") -> str:
+    bench = next(iter(benches.values()))
+    return ", ".join(f"{math.prod(bench.momenta(arm)):.0%} (`{arm}`)" for arm in AVERAGES)
+
+
+def _few() -> str:
+    return BUDGET.removeprefix("k=")
 
 
 def _sizes(bench: "Bench") -> str:
-    rows = {side: bench.store.rows(side) for side in ("train", "test")}
+    rows = {side: bench.store.rows(side) for side in ("train", "val", "test")}
     return ", ".join(f"{len(each)} {side} images" for side, each in rows.items())
 
 
@@ -113,6 +145,8 @@ def _row(rows: list[dict[str, Any]], arm: str, probe: str, budget: str) -> dict[
 def _shown(row: dict[str, Any] | None) -> str:
     if row is None:
         return "failed"
+    if row["difference"]["mean"] is None:
+        return f"{xrays.interval(row['value'])} (no difference computable)"
     sign = "" if row["verdict"].startswith(BETTER) else " −" if row["verdict"].startswith(WORSE) else " ="
     return f"{xrays.interval(row['value'])} ({row['difference']['mean']:+.3f}{sign})"
 
@@ -130,31 +164,32 @@ def _choice(benches: "Mapping[str, Bench]") -> str:
     first, rows = next(iter(benches.values())), []
     for arm in first.arms:
         cells = [_shown(found[arm]) if arm in found else "" for found in picked.values()]
-        rows.append([arm, first.family(arm), *cells, *_cost(first, arm)])
+        rows.append([arm, "" if arm == PCA else first.family(arm), *cells, *_cost(first, arm)])
     return xrays.grid(["method", "network", *(f"{name}" for name in picked), "time", "memory"], rows)
 
 
 def _cost(bench: "Bench", arm: str) -> list[str]:
-    from method_costs import cost
-
     if arm not in METHODS:
         return ["", ""]
-    found = cost(bench.cells, arm, bench.xrays)
+    found = bench.cells.result(f"cost-{arm}")
     return [f"{found['with views']:.2f}", f"{found['memory']:.2f}"]
 
 
 def _words(benches: "Mapping[str, Bench]") -> str:
-    """What the table allows one to say of each set: who leads, and who shows nothing."""
+    """What the table says of each set: who leads, and who shows nothing."""
     lines = []
     for bench in benches.values():
         found = {arm: row for arm, row in _picked(bench).items() if row is not None}
+        if not found:
+            lines.append(f"- **{bench.name}**: every arm failed.")
+            continue
         best = max(found, key=lambda arm: found[arm]["value"]["mean"])
         level = found[best]["value"]["low"]
         near = [arm for arm in found if arm != best and found[arm]["value"]["mean"] >= level]
         nulls = [arm for arm in found if "no difference" in found[arm]["verdict"]]
         worse = [arm for arm in found if found[arm]["verdict"].startswith(WORSE)]
-        line = f"- **{bench.name}**: highest is `{best}`"
-        line += f"; within its interval: {_list(near)}" if near else "; no other is within its interval"
+        line = f"- **{bench.name}**: the highest mean is that of `{best}`"
+        line += f"; in its interval lie the means of {_list(near)}" if near else "; no other mean lies in its interval"
         line += f". No difference to random weights shown: {_list(nulls)}."
         line += f" Worse than random weights: {_list(worse)}."
         lines.append(line)
@@ -185,7 +220,7 @@ def _scores(bench: "Bench") -> str:
                 rows.append(_line(begin | {"arm": name}, budget, bench.family(arms[0])))
         parts.append(
             f"### {bench.name}, {probe}\n\n"
-            + xrays.grid(["labels", "network", "arm", "AUROC", "less random", "verdict"], rows)
+            + xrays.grid(["labels", "network", "arm", "AUROC ± sd over draws", "less random", "verdict"], rows)
             + "\n"
         )
     return "\n".join(parts)
@@ -193,7 +228,9 @@ def _scores(bench: "Bench") -> str:
 
 def _line(row: dict[str, Any], budget: str, family: str) -> list[str]:
     difference = xrays.interval(row["difference"], "+")
-    return [budget, family, row["arm"], xrays.interval(row["value"]), difference, row["verdict"] or ""]
+    spread = "" if row["draw_sd"] is None else f" ± {row['draw_sd']:.3f}"
+    network = "" if row["arm"] == PCA else family
+    return [budget, network, row["arm"], xrays.interval(row["value"]) + spread, difference, row["verdict"] or ""]
 
 
 def _dice(bench: "Bench") -> str:
