@@ -63,7 +63,8 @@ class ContextEncoder(Restorative):
         if self.config.holes == "centre" and "area" in self.config.model_fields_set:
             found.append("method.area has no effect with method.holes=centre, which hides a quarter of the image")
         if self.config.holes == "blocks" and self.config.area[1] > self.config.area[0]:
-            found.append(f"blocks hide method.area's first number, {self.config.area[0]}, of each image, and not more")
+            least = self.config.area[0]
+            found.append(f"blocks hide method.area's first number, {least}, of each image, and less than 1/16 more")
         if not self.overlap(course.shape[1:]) and "overlap_weight" in self.config.model_fields_set:
             found.append("method.overlap_weight has no effect without method.overlap")
         return found

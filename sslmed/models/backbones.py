@@ -253,9 +253,8 @@ def resample_patches(weight: torch.Tensor, sides: tuple[int, int]) -> torch.Tens
 def _create(config: BackboneConfig, size: ImageSize) -> tuple[nn.Module, dict[str, Any]]:
     if not timm.is_model(config.name):
         near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
-        hint = (
-            f"; did you mean {' or '.join(near)}?" if near else "; `python -c 'import timm; print(timm.list_models())'`"
-        )
+        listed = "`python -c 'import sslmed.models, timm; print(timm.list_models())'`"
+        hint = f"; did you mean {' or '.join(near)}?" if near else f"; {listed}"
         raise UsageError(f"timm has no model named '{config.name}'{hint}")
     options: dict[str, Any] = {"in_chans": config.in_chans, "num_classes": 0}
     knobs = {"drop_path_rate": config.drop_path, "patch_size": config.patch, "global_pool": config.pool}
