@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -112,3 +113,75 @@ def test_the_memory_of_settings_is_measured_on_views_that_are_there(benchmark: A
     for name in ("moco_v2", "swav", "jigsaw"):
         setting = memory.Setting("test_resnet", 48, 16, memory.SETTINGS[name].method)
         assert memory.measured(name, setting, store)["images a second"] > 0
+
+
+class FakeBench:
+    """A set of three arms: one that is better than random, one that shows nothing, one that failed."""
+
+    name = "xray"
+    arms: ClassVar = ["simclr", "dino", "ibot", "ijepa", "pca"]
+    about = SimpleNamespace(title="Images", target="label", budgets="10%")
+    verdicts: ClassVar = {
+        "simclr": "better than random (so)",
+        "ijepa": "no difference shown",
+        "pca": "worse than random",
+    }
+
+    def __init__(self, device: str = "x86_64 CPU") -> None:
+        made = {"cpu_seconds": 300.0, "device": device, "commit": "0123abc"}
+        costs = {"with views": 1.5, "memory": 2.0}
+        self.cells = SimpleNamespace(made=lambda _: made, result=lambda _: costs)
+        self.store = SimpleNamespace(rows=lambda side: range({"train": 30, "val": 2, "test": 5}[side]))
+
+    def family(self, arm: str) -> str:
+        return "resnet18"
+
+    def steps(self, arm: str) -> int:
+        return 74
+
+    def momenta(self, arm: str) -> list[float]:
+        return [0.5, 0.8]
+
+    def pretrained(self, arm: str) -> dict[str, Any]:
+        return {"failed": "stood still"} if arm == "ibot" else {"steps": 74, "metrics": {"loss": 1.0}}
+
+    def probe(self, arm: str) -> list[dict[str, Any]]:
+        if arm not in self.verdicts:
+            return []
+        mean = {"simclr": 0.9, "ijepa": 0.7, "pca": 0.3}[arm]
+        rows = []
+        for probe in ("knn", "linear"):
+            common = {"probe": probe, "budget": "10%", "draw_sd": 0.02}
+            value = {"mean": mean, "low": mean - 0.05, "high": mean + 0.05}
+            rows.append(common | {"arm": arm, "value": value, "difference": value, "verdict": self.verdicts[arm]})
+            begin = {"mean": 0.6, "low": 0.5, "high": 0.7}
+            rows.append(common | {"arm": "random", "value": begin, "difference": None, "verdict": None})
+        return rows
+
+
+def test_the_comparisons_page_tells_what_failed_and_what_shows_nothing(benchmark: Any) -> None:
+    page = benchmark("methods_page").page({"xray": FakeBench()}, "the command")
+    assert "| simclr | resnet18 | 0.900 [0.850, 0.950] (+0.900) | 1.50 | 2.00 |" in page
+    assert "| ijepa | resnet18 | 0.700 [0.650, 0.750] (+0.700 =) | 1.50 | 2.00 |" in page
+    assert "| dino | resnet18 | failed | 1.50 | 2.00 |" in page
+    assert "| pca |  | 0.300 [0.250, 0.350] (+0.300 −) |  |  |" in page
+    assert "the highest mean is that of `simclr`; no other mean lies in its interval" in page
+    assert "shown: `ijepa`. Worse than random weights: `pca`." in page
+    assert "| 10% | resnet18 | simclr | 0.900 [0.850, 0.950] ± 0.020 | +0.900 [+0.850, +0.950] | better" in page
+    assert "| xray | ibot |  | stood still |" in page
+    assert "300 to 300 CPU seconds" in page
+    assert "40% (`dino`), 40% (`ibot`), 40% (`ijepa`)" in page
+
+
+@pytest.mark.parametrize(("device", "minutes"), [("x86_64 CPU", ", 5 CPU minutes"), ("NVIDIA H200", "")])
+def test_a_recipes_first_line_says_what_was_tried(device: str, minutes: str, benchmark: Any) -> None:
+    pages, bench = benchmark("methods_page"), FakeBench(device)
+    recipe = "# It on chest X-rays; tried on CC BY 4.0 images: something old (docs/page.md)\nmethod: {}\n"
+    start, scores = (
+        "# It on chest X-rays; tried on CC BY 4.0 images: 74 steps",
+        "of labels, random 0.600 (docs/page.md)\nmethod: {}\n",
+    )
+    assert pages.captioned(recipe, bench, "simclr", "page.md") == f"{start}{minutes}, AUROC 0.900 from 10 % {scores}"
+    stopped = pages.captioned(recipe, bench, "dino", "page.md")
+    assert stopped.startswith("# It on chest X-rays; tried on CC BY 4.0 images: stopped by a monitor (docs/page.md)\n")
+    assert pages.captioned("# Another\n", bench, "simclr", "page.md") == "# Another\n"
