@@ -147,26 +147,25 @@ class Bench:
         """The cell of a pretraining: its ``weights``, or why it ``failed``."""
         arm = arm.removesuffix(ALONE)
         recipe = recipe_of(REFERENCE if arm == CONTINUED else arm)
-        settings = {"recipe": xrays.recipe_text(recipe), "split": self.store.split_digest, "steps": self.steps(arm)}
-        if arm in MOMENTUM:
-            settings["momentum"] = MOMENTUM[arm]
         begin = sha256(self.imagenet) if arm == CONTINUED else "random"
+        overrides = self._overrides(arm)
+        settings = {"recipe": xrays.recipe_text(recipe), "split": self.store.split_digest, "overrides": overrides}
         return self.cells.run(
-            f"{self.name}-pretrain-{arm}",
-            lambda: self._pretrain(arm, recipe, settings["steps"]),
-            **settings,
-            start=begin,
+            f"{self.name}-pretrain-{arm}", lambda: self._pretrain(arm, recipe, overrides), **settings, start=begin
         )
 
-    def _pretrain(self, arm: str, recipe: str, steps: int) -> dict[str, Any]:
+    def _overrides(self, arm: str) -> list[str]:
+        found = [f"train.max_steps={self.steps(arm)}", f"data.size={SIZE}", f"backbone.in_chans={self.about.channels}"]
+        found += ["monitor.knn_every=0", "data.workers=0", "train.precision=32"]
+        if arm in MOMENTUM:
+            found += [f"method.momentum={MOMENTUM[arm]}", "method.momentum_rule=constant"]
+        return [*found, f"backbone.name={LITE}"] if arm == CONTINUED else found
+
+    def _pretrain(self, arm: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
         out = self.folder(arm)
         shutil.rmtree(out, ignore_errors=True)  # whole in one sitting, or its CPU time would not count
-        overrides = [f"train.max_steps={steps}", f"data.size={SIZE}", f"backbone.in_chans={self.about.channels}"]
-        overrides += ["monitor.knn_every=0", "data.workers=0", "train.precision=32"]
-        if arm in MOMENTUM:
-            overrides += [f"method.momentum={MOMENTUM[arm]}", "method.momentum_rule=constant"]
         if arm == CONTINUED:
-            overrides += [f"backbone.name={LITE}", f"backbone.init={self.imagenet}"]
+            overrides = [*overrides, f"backbone.init={self.imagenet}"]
         try:
             result = sslmed.pretrain(recipe, self.store.path, out, overrides=overrides)
         except TrainingAborted as error:
@@ -199,7 +198,7 @@ class Bench:
     def probe(self, arm: str) -> list[dict[str, Any]]:
         """An arm beside as many random starts of its network as there are draws."""
         settings = {"weights": self.weights(arm), "split": self.store.split_digest, "size": SIZE}
-        settings |= {"budgets": self.about.budgets, "draws": len(SEEDS)}
+        settings |= {"budgets": self.about.budgets, "draws": len(SEEDS), "replicates": REPLICATES}
         if settings["weights"] == "failed":
             return []
         found: list[dict[str, Any]] = self.cells.run(
@@ -320,7 +319,7 @@ class Bench:
     def dice(self, arm: str) -> list[dict[str, Any]]:
         """Test Dice of an arm and of random weights of its network, over all seeds, paired by image."""
         settings = {"weights": self.weights(arm), "split": self.store.split_digest, "seeds": len(TUNE_SEEDS)}
-        settings["recipe"] = self._tuning(arm).model_dump(mode="json")
+        settings |= {"recipe": self._tuning(arm).model_dump(mode="json"), "replicates": REPLICATES}
         if settings["weights"] == "failed":
             return []
 
