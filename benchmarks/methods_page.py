@@ -94,8 +94,8 @@ def _protocol(benches: "Mapping[str, Bench]") -> str:
 Every method gets as many steps as cost what {STEPS} of SimCLR do on X-rays, in fp32; {_spent(benches)} {SIZE}
 pixels, and the settings of the method's X-ray recipe, chosen for trainings of 100 epochs. Only what is in the way of so
 few steps was changed: where a moving average leaves the run, {_momenta()} (constant). Of its random start such an
-average keeps {_kept(benches)}. I-JEPA's rate, and with it the recipe's, was lowered after a first try whose tokens had
-collapsed; no other method had a second one.
+average keeps {_kept(benches)}. Two methods had a second try: I-JEPA with a lower rate, now its recipe's, after its
+tokens had collapsed; and DINO, whose average had kept a third of the start, without gain.
 
 AUROC on test images, mean over {len(SEEDS)} draws of labels [95 %, {REPLICATES} bootstraps of test patients; where no
 patients are known, of images], ± the standard deviation over draws. Random weights are drawn anew for every draw;
