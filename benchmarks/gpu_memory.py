@@ -23,6 +23,7 @@ from typing import Any
 import cells as kept
 import torch
 from gpu import MODALITY, RESULTS, make_store
+from method_sets import with_rows
 
 from sslmed.data.loading import Batch, ViewDataset, stream_loader
 from sslmed.data.sampling import StreamSampler
@@ -78,36 +79,31 @@ SETTINGS = {
 
 
 def main() -> None:
-    """Measure the methods that are missing, print all, fill in the page."""
+    """Measure the methods that are missing and print them, or fill in the page."""
     given = _arguments()
-    if not (given.small or given.table or torch.cuda.is_available()):
+    cells = kept.Cells(given.results, "python benchmarks/gpu_memory.py", given.commit)
+    if given.table:
+        found = {name: cells.result(f"{CARD} memory {name}") for name in SETTINGS}
+        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+        return
+    if not (given.small or torch.cuda.is_available()):
         raise SystemExit("there is no GPU here; --small --results DIR runs the same code on the CPU")
-    cells, found = kept.Cells(given.results, "python benchmarks/gpu_memory.py", given.commit), {}
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(Path(folder) / "store", IMAGES, SIDE)
         for name in given.only or SETTINGS:
-            setting = SETTINGS[name]
-            if given.small:
-                setting = replace(setting, size=96, batch=2)
-            key = f"{'small' if given.small else CARD if given.table else kept.device()} memory {name}"
-            measure = _absent if given.table else lambda name=name, setting=setting: measured(name, setting, store)
-            found[name] = cells.run(key, measure, **asdict(setting))
-            print(f"{name:20} {found[name]}", flush=True)
-    if given.table:
-        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+            setting = replace(SETTINGS[name], size=96, batch=2) if given.small else SETTINGS[name]
+            key = f"{'small' if given.small else kept.device()} memory {name}"
+            print(name, cells.run(key, lambda: measured(name, setting, store), **asdict(setting)), flush=True)  # noqa: B023
 
 
 def filled(page: str, found: dict[str, dict[str, Any]]) -> str:
     """The page with the memory at the end of each row's settings."""
-    lines = page.splitlines(keepends=True)
-    for number, line in enumerate(lines):
-        name = re.match(r"\| \[`(\w+)`\]", line)
-        if name and name[1] in found:
-            columns = line.split(" | ")
-            told = f" → {found[name[1]]['GB']:.1f} GB at B {SETTINGS[name[1]].batch}"
-            columns[COLUMN] = re.sub(r" → .*", "", columns[COLUMN]) + told
-            lines[number] = " | ".join(columns)
-    return "".join(lines)
+
+    def fill(name: str, columns: list[str]) -> None:
+        told = f" → {found[name]['GB']:.1f} GB at B {SETTINGS[name].batch}"
+        columns[COLUMN] = re.sub(r" → .*", "", columns[COLUMN]) + told
+
+    return with_rows(page, fill)
 
 
 def measured(name: str, setting: Setting, store: Store) -> dict[str, Any]:
@@ -146,10 +142,6 @@ def _batch(method: Method, setting: Setting, store: Store) -> Batch:
     rows = torch.arange(setting.batch) % IMAGES
     numbers = torch.arange(setting.batch)
     return replace(few, views=[view[rows] for view in few.views], target=few.target[rows], ids=numbers, groups=numbers)
-
-
-def _absent() -> dict[str, Any]:
-    raise SystemExit("not all methods have been measured: run this on a GPU, without --table")
 
 
 def _now(device: str) -> float:

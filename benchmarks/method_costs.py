@@ -13,7 +13,6 @@ Fills benchmarks/results/methods/, and the columns ``time`` (with views) and ``m
 """
 
 import argparse
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 import xrays
 from cells import Cells
+from method_sets import with_rows
 
 from sslmed.data.loading import Batch, ViewDataset, stream_loader
 from sslmed.data.modality import named, with_views
@@ -60,16 +60,12 @@ def main() -> None:
 
 
 def filled(page: str, costs: dict[str, dict[str, Any]]) -> str:
-    """The page with time and memory in the row of each method, which begins with its linked name."""
-    lines = page.splitlines(keepends=True)
-    for number, line in enumerate(lines):
-        name = re.match(r"\| \[`(\w+)`\]", line)
-        if name and name[1] in costs:
-            cells = line.split(" | ")
-            cells[TIME] = f"{costs[name[1]]['with views']:.2f}"
-            cells[TIME + 1] = f"{costs[name[1]]['memory']:.2f}"
-            lines[number] = " | ".join(cells)
-    return "".join(lines)
+    """The page with time and memory in the row of each method."""
+
+    def fill(name: str, columns: list[str]) -> None:
+        columns[TIME : TIME + 2] = [f"{costs[name]['with views']:.2f}", f"{costs[name]['memory']:.2f}"]
+
+    return with_rows(page, fill)
 
 
 def cost(cells: Cells, name: str, store: Store) -> dict[str, Any]:

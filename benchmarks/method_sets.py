@@ -1,5 +1,7 @@
 """What methods.py compares, on which images, and by which protocol; methods_page.py says the same in words."""
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,3 +66,14 @@ SETS = {
         source="images",
     ),
 }  # fmt: skip
+
+
+def with_rows(page: str, change: Callable[[str, list[str]], None]) -> str:
+    """docs/methods.md after ``change`` has had the name and the columns of each method's row."""
+    lines = page.splitlines(keepends=True)
+    for number, line in enumerate(lines):
+        if name := re.match(r"\| \[`(\w+)`\]", line):
+            cells = line.split(" | ")
+            change(name[1], cells)
+            lines[number] = " | ".join(cells)
+    return "".join(lines)
